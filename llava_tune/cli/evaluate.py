@@ -1,0 +1,79 @@
+"""llava-tune evaluate CHECKPOINT --data FILE --image-folder DIR"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import tyro
+
+if TYPE_CHECKING:
+    from llava_tune.evaluate import Evaluated
+
+
+@dataclass
+class Options:
+    """Answer a question file in LLaVA's format (each round is a question) and score the answers by exact match."""
+
+    checkpoint: tyro.conf.Positional[str]
+    """Folder of a checkpoint, such as work_dirs/NAME/checkpoint-100."""
+    data: str
+    """Question file: LLaVA JSON or JSONL."""
+    image_folder: str | None = None
+    """Folder that the images' paths start from."""
+    output: str | None = None
+    """File for the answers, one JSON object a line; by default answers.jsonl in the checkpoint's folder."""
+    batch_size: int = 16
+    """Questions answered at once."""
+    max_new_tokens: int = 32
+    """Tokens of an answer at most."""
+    limit: int | None = None
+    """Ask only the first this many."""
+    swap_images: bool = False
+    """Also ask with each image swapped for another: shows what the model answers without looking."""
+
+
+def main(arguments: list[str]) -> None:
+    """Evaluate and print the scores."""
+    options = tyro.cli(Options, args=arguments, prog="llava-tune evaluate", use_underscores=False)
+    from llava_tune.evaluate import evaluate
+
+    last = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > 5:
+            last = time.monotonic()
+            print(f"answered {done:,} of {total:,}", file=sys.stderr, flush=True)
+
+    result = evaluate(
+        options.checkpoint,
+        options.data,
+        options.image_folder,
+        output=options.output,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+        limit=options.limit,
+        swap=options.swap_images,
+        report=report,
+    )
+    print_scores(result)
+
+
+def print_scores(result: Evaluated) -> None:
+    """The table of scores and the baselines."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="accuracy (exact match)")
+    for name in ("question type", "right", "asked", "accuracy"):
+        table.add_column(name, justify="left" if name == "question type" else "right")
+    for kind, (right, asked) in sorted(result.accuracy.items(), key=lambda item: (item[0] == "all", item[0])):
+        table.add_row(kind, f"{right:,}", f"{asked:,}", f"{right / asked:.1%}", style="bold" if kind == "all" else None)
+    Console().print(table)
+    print(f"best answer by the question alone: {result.question_alone:.1%}")
+    if result.swapped is not None:
+        print(f"with each image swapped for another: {result.swapped:.1%}")
+    print(f"every answer: {result.answers_file}")

@@ -1,0 +1,77 @@
+"""`llava-tune VERB ...`: finds the verb's file and turns errors into one message and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+from llava_tune import __version__
+from llava_tune.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RUN_FAILED, InputError
+
+VERBS = {
+    "list-cfg": ("list_cfg", "[PATTERN]", "list the shipped recipes"),
+    "copy-cfg": ("copy_cfg", "NAME FOLDER", "copy one of them to edit it"),
+    "prepare": ("prepare", "CFG --save-folder DIR", "tokenize the data ahead of training"),
+    "pretrain": ("pretrain", "CFG [--deepspeed NAME]", "train the projector (stage 1)"),
+    "finetune": ("finetune", "CFG [--deepspeed NAME]", "fine-tune (stage 2): full, LoRA or QLoRA"),
+    "evaluate": ("evaluate", "CHECKPOINT --data FILE", "answer a question file and score the answers"),
+    "chat": ("chat", "CHECKPOINT [--image FILE]", "talk to a checkpoint in the terminal"),
+    "demo": ("demo", "[--work-dir DIR]", "the whole road on a laptop CPU, in minutes"),
+}
+
+
+def usage() -> str:
+    """The text of `llava-tune --help`."""
+    width = max(len(f"{verb} {operands}") for verb, (_, operands, _) in VERBS.items())
+    rows = "\n".join(f"  {f'{verb} {operands}':<{width}}  {what}" for verb, (_, operands, what) in VERBS.items())
+    return (
+        f"llava-tune {__version__}: train LLaVA models on data prepared once\n\n"
+        f"usage: llava-tune VERB ...\n\n{rows}\n\n"
+        "llava-tune VERB --help       the verb's options\n"
+        "llava-tune pretrain CFG --help   every field of that config, with its meaning and value\n\n"
+        "NPROC_PER_NODE=8 llava-tune pretrain CFG               8 processes through torchrun\n"
+        "srun ... llava-tune pretrain CFG --launcher slurm      processes that Slurm started\n"
+        "Exit codes: 0 done, 1 the run failed, 2 the input is wrong"
+    )
+
+
+def main() -> None:
+    """Run a verb and exit."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        sys.exit(EXIT_OK if arguments else EXIT_BAD_INPUT)
+    if arguments[0] in ("--version", "-V"):
+        print(__version__)
+        sys.exit(EXIT_OK)
+    if arguments[0] not in VERBS:
+        import difflib
+
+        close = difflib.get_close_matches(arguments[0], VERBS, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        _complain(f"{arguments[0]!r} is not a verb.{hint} `llava-tune --help` lists them")
+        sys.exit(EXIT_BAD_INPUT)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        verb = importlib.import_module(f"llava_tune.cli.{VERBS[arguments[0]][0]}")
+        verb.main(arguments[1:])
+    except InputError as error:
+        _complain(str(error))
+        sys.exit(EXIT_BAD_INPUT)
+    except TimeoutError as error:
+        _complain(str(error))
+        sys.exit(EXIT_RUN_FAILED)
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        sys.exit(EXIT_RUN_FAILED)
+
+
+def _complain(message: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    prefix = "error" if rank == "0" else f"error (rank {rank})"
+    print(f"{prefix}: {message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

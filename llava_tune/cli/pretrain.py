@@ -1,0 +1,51 @@
+"""llava-tune pretrain CFG [--deepspeed NAME|FILE] [--launcher none|torchrun|slurm] [--resume [DIR]]"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from llava_tune.cli.options import FlatRun, parse
+from llava_tune.config.shipped import deepspeed_config
+
+DESCRIPTION = "Train the projector between a vision tower and a language model (stage 1)."
+
+
+@dataclass
+class Options:
+    run: FlatRun
+    deepspeed: str | None = None
+    """A preset (deepspeed_zero1, deepspeed_zero2, deepspeed_zero2_offload, deepspeed_zero3, deepspeed_zero3_offload) or a
+    JSON file."""
+    launcher: Literal["none", "torchrun", "slurm"] = "none"
+    """Who started this process. NPROC_PER_NODE=N starts N through torchrun by itself."""
+    resume: str | None = None
+    """Go on from a checkpoint: a folder, or 'latest' (also a bare --resume), which begins anew if there is none."""
+
+
+def main(arguments: list[str], verb: str = "pretrain", description: str = DESCRIPTION) -> None:
+    """Train; `finetune` is the same with another name."""
+    config, options = parse(Options, _with_bare_resume(arguments), verb, description)
+    deepspeed = deepspeed_config(options.deepspeed) if options.deepspeed else None
+    from llava_tune.train.launch import relaunch_under_torchrun
+
+    if options.launcher == "none":
+        relaunch_under_torchrun([verb, *arguments])
+    from llava_tune.train import train
+
+    run = options.run
+    work_dir = run.work_dir or str(Path("work_dirs") / Path(config).stem)
+    run = dataclasses.replace(run, work_dir=work_dir)
+    train(run, deepspeed=deepspeed, launcher=options.launcher, resume=options.resume)
+
+
+def _with_bare_resume(arguments: list[str]) -> list[str]:
+    """A --resume without a value means the latest checkpoint."""
+    result = []
+    for i, argument in enumerate(arguments):
+        result.append(argument)
+        if argument == "--resume" and (i + 1 == len(arguments) or arguments[i + 1].startswith("--")):
+            result.append("latest")
+    return result

@@ -1,0 +1,39 @@
+"""Typed configs: the dataclasses, loading a config file, command-line overrides, the shipped recipes and presets."""
+
+from llava_tune.config.load import load_run, override
+from llava_tune.config.schema import (
+    Dataset,
+    LanguageModel,
+    Lora,
+    Model,
+    Optimizer,
+    Preview,
+    Projector,
+    Run,
+    Training,
+    VisionTower,
+    from_json,
+    to_json,
+)
+from llava_tune.config.shipped import copy_config, deepspeed_config, find_config, list_configs
+
+__all__ = [
+    "Dataset",
+    "LanguageModel",
+    "Lora",
+    "Model",
+    "Optimizer",
+    "Preview",
+    "Projector",
+    "Run",
+    "Training",
+    "VisionTower",
+    "copy_config",
+    "deepspeed_config",
+    "find_config",
+    "from_json",
+    "list_configs",
+    "load_run",
+    "override",
+    "to_json",
+]

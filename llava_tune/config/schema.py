@@ -1,0 +1,243 @@
+"""The typed config of a run. Every field here is a config-file argument and a command-line flag of the same name."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+import pydantic
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+from typing_extensions import Self, dataclass_transform
+
+T = TypeVar("T")
+_STRICT = ConfigDict(extra="forbid", strict=False, validate_default=True)
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(pydantic.Field,))
+def _config(cls: type[T]) -> type[T]:
+    return pydantic_dataclass(config=_STRICT, frozen=True, kw_only=True)(cls)  # type: ignore[return-value]
+
+
+@_config
+class Lora:
+    """Low-rank adapters (peft). rank 0 trains none."""
+
+    rank: NonNegativeInt = 0
+    """Rank of the adapters; 0 means no adapters."""
+    alpha: PositiveFloat = 256.0
+    """Scale: the adapter's output is multiplied by alpha / rank."""
+    dropout: Share = 0.05
+    """Dropout in front of each adapter."""
+    targets: tuple[str, ...] = ()
+    """Names of the linear layers to adapt; empty: every linear layer of the component but its output head."""
+    variant: Literal["lora", "rslora", "dora"] = "lora"
+    """Which kind: lora (arXiv:2106.09685), rslora (2312.03732) or dora (2402.09353)."""
+
+
+@_config
+class LanguageModel:
+    """The language model: any causal LM of transformers, or an InternLM2 checkpoint in its own layout."""
+
+    name: str
+    """Folder or Hugging Face name of the model."""
+    tokenizer: str | None = None
+    """Folder or Hugging Face name of the tokenizer, where it is not the model's."""
+    weights: Literal["pretrained", "random"] = "pretrained"
+    """pretrained reads the weights; random takes only the shape from config.json (tests, the demo)."""
+    freeze: bool = False
+    """Train no weight of the language model (adapters, if any, are still trained)."""
+    quantization: Literal["none", "nf4"] = "none"
+    """nf4 keeps the frozen weights in 4 bits (QLoRA, arXiv:2305.14314); needs lora.rank above 0."""
+    lora: Lora = Lora()
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
+    """Attention implementation of transformers; auto is sdpa."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.quantization != "none" and self.lora.rank == 0:
+            raise ValueError("quantization='nf4' keeps the weights frozen, so it needs lora.rank above 0 to train anything")
+        if self.lora.rank and not self.freeze:
+            raise ValueError("lora.rank is above 0, so the language model's own weights are not trained: set freeze=True")
+        return self
+
+
+@_config
+class VisionTower:
+    """The image encoder: any ViT that open_clip builds."""
+
+    name: str
+    """open_clip model name, or the path of a JSON file in open_clip's model config format."""
+    pretrained: str | None = None
+    """open_clip tag (such as openai), weights file, Hugging Face CLIP folder or name; None: random weights."""
+    freeze: bool = True
+    """Train no weight of the vision tower."""
+    feature_layer: int = -2
+    """Which block's output are the features (-2: the last but one, as in LLaVA)."""
+    lora: Lora = Lora()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.feature_layer >= 0:
+            raise ValueError(f"feature_layer counts from the end and must be negative, such as -2; found {self.feature_layer}")
+        if self.lora.rank and not self.freeze:
+            raise ValueError("lora.rank is above 0, so the tower's own weights are not trained: set freeze=True")
+        return self
+
+
+@_config
+class Projector:
+    """What maps vision features to the language model's embeddings."""
+
+    kind: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
+    """linear (LLaVA) or two layers with a GELU between (LLaVA-1.5)."""
+    freeze: bool = False
+    """Train no weight of the projector."""
+
+
+@_config
+class Model:
+    llm: LanguageModel
+    vision: VisionTower
+    projector: Projector = Projector()
+    init_from: str | None = None
+    """A checkpoint of llava-tune whose weights (a projector's, or more) the model starts from."""
+
+
+@_config
+class Dataset:
+    """Conversations with images, and how they become tokens."""
+
+    data_path: str | None = None
+    """LLaVA JSON or JSONL file. Not needed with offline_processed_text_folder."""
+    image_folder: str | None = None
+    """Folder that the records' image paths start from. None: the data is text only."""
+    template: str = "internlm2_chat"
+    """Chat template (llava_tune/data/templates.py)."""
+    max_length: PositiveInt = 2048
+    """Tokens of a sample at most, counted after each image has become its patches; the rest is cut off."""
+    image_position: Literal["front", "as_written"] = "front"
+    """Where a turn's single <image> goes: to the front of the turn (LLaVA), or where it is written."""
+    pad_image_to_square: bool = False
+    """Pad an image to a square with the mean colour before resizing (LLaVA-1.5), instead of resizing its shorter side
+    and cropping the centre."""
+    offline_processed_text_folder: str | None = None
+    """A folder that `llava-tune prepare` wrote; None: training prepares one in the cache folder first."""
+    max_bad_share: Share = 0.01
+    """Largest share of records (in prepare) or of images (in training) that may be bad and left out."""
+    num_proc: NonNegativeInt = 0
+    """Processes that prepare data; 0: one for each core."""
+    num_workers: NonNegativeInt = 2
+    """Processes for each rank that decode images while training."""
+
+
+@_config
+class Optimizer:
+    """AdamW and its schedule. A component's own learning rate replaces learning_rate there."""
+
+    learning_rate: PositiveFloat
+    """Peak learning rate."""
+    projector_learning_rate: PositiveFloat | None = None
+    """Peak learning rate of the projector; None: learning_rate."""
+    vision_learning_rate: PositiveFloat | None = None
+    """Peak learning rate of the vision tower; None: learning_rate."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay of matrices; norms and biases have none."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the moments."""
+    eps: PositiveFloat = 1e-8
+    """AdamW's epsilon."""
+    warmup_ratio: Share = 0.03
+    """Share of the steps in which the learning rate rises from zero."""
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    """Shape after the warmup."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Gradients are scaled down to this norm; 0: never."""
+
+
+@_config
+class Training:
+    """Batches, steps, precision, checkpoints."""
+
+    global_batch_size: PositiveInt
+    """Samples in one optimizer step, over all ranks and accumulation steps."""
+    micro_batch_size: PositiveInt = 1
+    """Samples that one device holds at once. global_batch_size / (ranks x micro_batch_size) steps accumulate."""
+    epochs: PositiveFloat = 1.0
+    """Passes over the data."""
+    max_steps: NonNegativeInt = 0
+    """Stop after this many optimizer steps; 0: as epochs say."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 on a GPU that has it, else fp32."""
+    gradient_checkpointing: bool = False
+    """Recompute the language model's activations in the backward pass: less memory, about a third more time."""
+    group_by_length: bool = True
+    """Put samples of like length into one global batch, so that little is padding."""
+    seed: NonNegativeInt = 42
+    """Seed of the order, the new weights and dropout."""
+    save_steps: PositiveInt = 500
+    """Optimizer steps between checkpoints; one is always written at the end."""
+    save_total_limit: PositiveInt = 2
+    """Checkpoints kept."""
+    logging_steps: PositiveInt = 1
+    """Optimizer steps between lines of metrics.jsonl and TensorBoard."""
+    report_to: tuple[str, ...] = ()
+    """More of the Trainer's own reporters: wandb, trackio, mlflow."""
+
+
+@_config
+class Preview:
+    """Questions that the model answers on set images while it trains, printed to the log."""
+
+    every_steps: NonNegativeInt = 0
+    """Optimizer steps between previews; 0: none."""
+    images: tuple[str, ...] = ()
+    """Image files."""
+    questions: tuple[str, ...] = ("Describe this image.",)
+    """Questions asked of each image."""
+    max_new_tokens: PositiveInt = 64
+    """Tokens of an answer at most."""
+
+
+@_config
+class Run:
+    """All of a run: the model, its data, how it is trained."""
+
+    model: Model
+    dataset: Dataset
+    optimizer: Optimizer
+    training: Training
+    preview: Preview = Preview()
+    work_dir: str | None = None
+    """Folder of checkpoints and logs; None: work_dirs/<name of the config>."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        data = self.dataset
+        if data.data_path is None and data.offline_processed_text_folder is None:
+            raise ValueError(
+                "dataset has neither data_path (a LLaVA JSON or JSONL file) nor offline_processed_text_folder (a folder that "
+                "`llava-tune prepare` wrote): set one"
+            )
+        if self.preview.every_steps and not self.preview.images:
+            raise ValueError("preview.every_steps is above 0 but preview.images names no image")
+        model = self.model
+        frozen = model.llm.freeze and not model.llm.lora.rank and model.vision.freeze and not model.vision.lora.rank
+        if frozen and model.projector.freeze:
+            raise ValueError("everything is frozen (llm, vision and projector): nothing would be trained")
+        return self
+
+
+def to_json(run: Run) -> str:
+    """The config as JSON, as it is kept in a checkpoint."""
+    return pydantic.TypeAdapter(Run).dump_json(run, indent=2).decode()
+
+
+def from_json(text: str | bytes) -> Any:
+    """A config from `to_json`'s text."""
+    return pydantic.TypeAdapter(Run).validate_json(text)

@@ -1,0 +1,12 @@
+"""Constants that several folders share; each lives only here."""
+
+from __future__ import annotations
+
+IGNORE_INDEX = -100
+"""The label of a token that is not supervised (torch.nn.CrossEntropyLoss's default)."""
+
+IMAGE_TOKEN_INDEX = -200
+"""The id that stands for one image in input_ids (LLaVA's)."""
+
+IMAGE_PLACEHOLDER = "<image>"
+"""What a record's text holds where an image goes."""

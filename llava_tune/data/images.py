@@ -1,0 +1,104 @@
+"""Image files to pixel tensors, as CLIP's preprocessing does it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from llava_tune.config import VisionTower
+from llava_tune.model.shape import image_size, vision_config
+from llava_tune.paths import inside
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_PIXELS = 178_956_970
+"""A larger image is refused before it is decoded (Pillow's own limit for a decompression bomb)."""
+
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class BadImage(ValueError):
+    """An image that can't be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """From a file to float32 [3, size, size], normalised.
+
+    The shorter side is resized to `size` (bicubic) and the centre is cut out; with `pad_to_square` the image is first
+    padded with the mean colour, so that nothing of it is cut off (LLaVA-1.5).
+    """
+
+    size: int
+    mean: tuple[float, float, float] = OPENAI_MEAN
+    std: tuple[float, float, float] = OPENAI_STD
+    pad_to_square: bool = False
+
+    def load(self, folder: Path, relative: str) -> Tensor:
+        """
+        Raises:
+            BadImage: missing, outside the folder, not an image, truncated, or too large.
+        """
+        try:
+            path = inside(folder, relative)
+        except ValueError as error:
+            raise BadImage(str(error)) from error
+        return self.open(path)
+
+    def open(self, path: Path) -> Tensor:
+        """The same for a path that is trusted."""
+        try:
+            with Image.open(path) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise BadImage(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+                return self(image)
+        except BadImage:
+            raise
+        except FileNotFoundError:
+            raise BadImage("no such file") from None
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, MemoryError) as error:
+            raise BadImage(f"can't be decoded: {error}") from error
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        import torch
+
+        rgb = self._square(image.convert("RGB"))
+        short = min(rgb.size)
+        width, height = (self.size if s == short else int(self.size * s / short) for s in rgb.size)
+        rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
+        left, top = round((width - self.size) / 2), round((height - self.size) / 2)
+        rgb = rgb.crop((left, top, left + self.size, top + self.size))
+        pixels = torch.from_numpy(np.array(rgb)).permute(2, 0, 1).float().div_(255)
+        return pixels.sub_(torch.tensor(self.mean)[:, None, None]).div_(torch.tensor(self.std)[:, None, None])
+
+    def _square(self, image: Image.Image) -> Image.Image:
+        if not self.pad_to_square or image.width == image.height:
+            return image
+        side = max(image.size)
+        red, green, blue = (int(255 * m) for m in self.mean)
+        square = Image.new("RGB", (side, side), (red, green, blue))
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        return square
+
+
+def image_transform(vision: VisionTower, pad_to_square: bool) -> ImageTransform:
+    """The preprocessing that goes with a tower: of its config or its pretrained tag, else OpenAI's.
+
+    Raises:
+        InputError: see `vision_config`.
+    """
+    config = vision_config(vision)
+    known = dict(config.get("preprocess_cfg", {}))
+    if not known and vision.pretrained is not None and not vision.name.endswith(".json"):
+        import open_clip
+
+        known = open_clip.get_pretrained_cfg(vision.name, vision.pretrained)
+    red, green, blue = known.get("mean", OPENAI_MEAN)
+    std_red, std_green, std_blue = known.get("std", OPENAI_STD)
+    return ImageTransform(image_size(config), (red, green, blue), (std_red, std_green, std_blue), pad_to_square)

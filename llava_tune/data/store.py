@@ -1,0 +1,198 @@
+"""The store on disk: Arrow files that `datasets.load_from_disk` opens, and a manifest that says what is in them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import xxhash
+
+from llava_tune.data.layout import TokenizedBatch
+from llava_tune.errors import InputError
+from llava_tune.paths import whole_file, write_whole
+
+if TYPE_CHECKING:
+    import datasets
+    import numpy as np
+
+FORMAT_VERSION = 1
+MANIFEST = "llava_tune_manifest.json"
+LEFT_OUT = "left_out.jsonl"
+PARTS = "parts"
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("input_ids", pa.list_(pa.int32())),
+        ("labels", pa.list_(pa.int32())),
+        ("image", pa.list_(pa.string())),
+        ("length", pa.int32()),
+    ]
+)
+_FEATURES = {
+    "id": {"dtype": "string", "_type": "Value"},
+    "input_ids": {"feature": {"dtype": "int32", "_type": "Value"}, "_type": "List"},
+    "labels": {"feature": {"dtype": "int32", "_type": "Value"}, "_type": "List"},
+    "image": {"feature": {"dtype": "string", "_type": "Value"}, "_type": "List"},
+    "length": {"dtype": "int32", "_type": "Value"},
+}
+
+
+@dataclass(frozen=True)
+class StoreSpec:
+    """What a store was made with; a run that differs in any of it can't use the store."""
+
+    tokenizer: str
+    template: str
+    template_hash: str
+    max_length: int
+    image_tokens: int
+    image_position: str
+
+    FIELDS = {  # noqa: RUF012
+        "tokenizer": "model.llm.tokenizer",
+        "template": "dataset.template",
+        "template_hash": "the definition of dataset.template",
+        "max_length": "dataset.max_length",
+        "image_tokens": "tokens an image, from model.vision",
+        "image_position": "dataset.image_position",
+    }
+
+
+def to_arrow(batch: TokenizedBatch) -> pa.RecordBatch:
+    """A record batch that shares the arrays' memory."""
+    offsets = pa.array(batch.offsets.astype("int32"))
+    return pa.RecordBatch.from_arrays(
+        [
+            pa.array(batch.ids, pa.string()),
+            pa.ListArray.from_arrays(offsets, pa.array(batch.input_ids)),
+            pa.ListArray.from_arrays(offsets, pa.array(batch.labels)),
+            pa.array(batch.images, pa.list_(pa.string())),
+            pa.array(batch.lengths),
+        ],
+        schema=SCHEMA,
+    )
+
+
+def part_name(index: int) -> str:
+    """File name of part `index`."""
+    return f"data-{index:05d}.arrow"
+
+
+@contextmanager
+def part_writer(folder: Path, index: int) -> Iterator[Any]:
+    """Write one Arrow stream file; it is there, whole, when the block ends without an error."""
+    with whole_file(folder / part_name(index)) as beside, pa.OSFile(str(beside), "wb") as sink:
+        with pa.ipc.new_stream(sink, SCHEMA) as writer:
+            yield writer
+
+
+def file_hash(path: Path) -> str:
+    """xxh3-128 of a file's bytes."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(4 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any], files: list[str]) -> None:
+    """Make `folder` a store: what `datasets` needs, then the manifest as the last file."""
+    content = json.dumps(manifest, indent=1, sort_keys=True)
+    state = {
+        "_data_files": [{"filename": name} for name in files],
+        "_fingerprint": xxhash.xxh3_64(content.encode()).hexdigest(),
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    info = {"citation": "", "description": "", "features": _FEATURES, "homepage": "", "license": ""}
+    write_whole(folder / "dataset_info.json", json.dumps(info, indent=1))
+    write_whole(folder / "state.json", json.dumps(state, indent=1))
+    write_whole(folder / MANIFEST, content)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished store.
+
+    Raises:
+        InputError: no such folder, no manifest (not finished, or not made by llava-tune), or a newer format.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder. `llava-tune prepare CFG --save-folder {folder}` makes it")
+        if (folder / PARTS).is_dir():
+            raise InputError(f"{folder}: preparing it has not finished. Run the same `llava-tune prepare` again: it goes on")
+        raise InputError(f"{folder}: holds no {MANIFEST}: not a folder that `llava-tune prepare` wrote")
+    manifest = json.loads(path.read_bytes())
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise InputError(
+            f"{folder}: store format {manifest.get('format_version')!r}, this version reads {FORMAT_VERSION}; prepare it again"
+        )
+    return dict(manifest)
+
+
+def check_spec(folder: Path, manifest: dict[str, Any], spec: StoreSpec) -> None:
+    """
+    Raises:
+        InputError: the store was made with other settings; names each field with both values.
+    """
+    found, expected = manifest["spec"], asdict(spec)
+    differing = [f for f in StoreSpec.FIELDS if found.get(f) != expected[f]]
+    if not differing:
+        return
+    lines = [f"{StoreSpec.FIELDS[f]}: the store has {found.get(f)}, the config says {expected[f]}" for f in differing]
+    raise InputError(
+        f"the store {folder} was made with other settings. {'; '.join(lines)}. Prepare again into another folder, or set the "
+        "config to what the store has"
+    )
+
+
+def check_source(folder: Path, manifest: dict[str, Any], path: Path) -> None:
+    """Compare a source file with what the store was made from: size, then time, then content.
+
+    Raises:
+        InputError: the content differs.
+    """
+    known = next((s for s in manifest["sources"] if s["name"] == path.name), None)
+    if known is None or not path.is_file():
+        return
+    stat = path.stat()
+    if stat.st_size == known["bytes"] and (stat.st_mtime_ns == known["mtime_ns"] or file_hash(path) == known["xxh3"]):
+        return
+    raise InputError(
+        f"{path} has changed since the store {folder} was made from it ({known['bytes']:,} bytes then, {stat.st_size:,} now). "
+        "Prepare again into another folder, or leave out dataset.data_path to use the store as it is"
+    )
+
+
+def open_store(folder: Path) -> datasets.Dataset:
+    """The store's rows by memory map.
+
+    Raises:
+        InputError: see `read_manifest`; or a file is missing or of another size.
+    """
+    manifest = read_manifest(folder)
+    for part in manifest["parts"]:
+        path = folder / part["file"]
+        size = path.stat().st_size if path.is_file() else None
+        if size != part["bytes"]:
+            found = "is missing" if size is None else f"has {size:,} bytes"
+            raise InputError(f"{path} {found}; the manifest says {part['bytes']:,} bytes. Copy the store again or prepare it again")
+    import datasets
+
+    return datasets.load_from_disk(str(folder))
+
+
+def column_lengths(rows: datasets.Dataset) -> np.ndarray:
+    """The `length` column, int32 [samples], without a walk over the rows."""
+    column: Any = rows.data.column("length")
+    return column.to_numpy()

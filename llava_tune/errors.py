@@ -1,0 +1,19 @@
+"""The one error that a wrong input raises, and the exit codes of the command line."""
+
+from __future__ import annotations
+
+EXIT_OK = 0
+EXIT_RUN_FAILED = 1
+EXIT_BAD_INPUT = 2
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message says what was found, what was expected and what to do next.
+
+    The command line prints the message alone and exits with code 2; a library user catches it as a ValueError.
+    """
+
+
+def missing_package(package: str, extra: str, why: str) -> InputError:
+    """The error for an optional dependency that isn't installed, with the command that installs it."""
+    return InputError(f"{why} needs the package {package!r}, which is not installed. Run: pip install 'llava-tune[{extra}]'")

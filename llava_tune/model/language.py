@@ -1,0 +1,121 @@
+"""The language model: any causal LM of transformers, InternLM2 re-laid as Llama, 4-bit if asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llava_tune.config import LanguageModel, Lora
+from llava_tune.errors import InputError, missing_package
+from llava_tune.model import internlm2
+
+
+def model_folder(config: LanguageModel) -> str:
+    """The folder or Hub name that transformers opens: `config.name`, or the cached conversion of an InternLM2.
+
+    Raises:
+        InputError: a path that is not there.
+    """
+    folder = Path(config.name)
+    if not folder.is_dir():
+        if config.name.startswith((".", "/", "~")) or config.name.count("/") != 1:
+            raise InputError(
+                f"model.llm.name {config.name}: no such folder, and not a Hugging Face name (owner/model). Expected a folder with "
+                "config.json and weights"
+            )
+        folder = _download_if_internlm2(config.name) or folder
+    if internlm2.is_internlm2(folder):
+        return str(internlm2.convert(folder))
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise InputError(f"model.llm.name {config.name}: the folder has no config.json")
+    return config.name
+
+
+def _download_if_internlm2(name: str) -> Path | None:
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    try:
+        config = Path(hf_hub_download(name, "config.json"))
+    except Exception as error:
+        raise InputError(f"model.llm.name {name}: no such folder, and the Hugging Face Hub can't give it: {error}") from error
+    if not internlm2.is_internlm2(config.parent):
+        return None
+    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin", "tokenizer.model"]))
+
+
+def build_language_model(config: LanguageModel, dtype: torch.dtype) -> Any:
+    """The model with its weights (or random ones), adapters and quantization as the config says.
+
+    Args:
+        dtype: of the weights as loaded.
+
+    Raises:
+        InputError: no such model, or a package that the config needs is missing.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = model_folder(config)
+    attention = "sdpa" if config.attention == "auto" else config.attention
+    if config.weights == "random":
+        shape = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        shape._attn_implementation = attention
+        mapping: Any = AutoModelForCausalLM._model_mapping
+        model = mapping[type(shape)](shape).to(dtype)  # not from_config: ZeRO-3 would partition it before its weights are drawn
+    else:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, attn_implementation=attention, trust_remote_code=False, **_quantization(config, dtype)
+            )
+        except (OSError, ValueError) as error:
+            raise InputError(f"model.llm.name {config.name} can't be loaded: {str(error).splitlines()[0]}") from error
+    if config.lora.rank:
+        add_lora(model, config.lora)
+    return model
+
+
+def _quantization(config: LanguageModel, dtype: torch.dtype) -> dict[str, Any]:
+    if config.quantization == "none":
+        return {}
+    import importlib.util
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise missing_package("bitsandbytes", "qlora", "model.llm.quantization=nf4")
+    from transformers import BitsAndBytesConfig
+
+    quantized = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    device: Any = {"": torch.cuda.current_device()} if torch.cuda.is_available() else {"": "cpu"}
+    return {"quantization_config": quantized, "device_map": device}
+
+
+def add_lora(model: nn.Module, lora: Lora) -> None:
+    """Put adapters into the model's linear layers, in place; the adapters' weights are the trainable ones."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    linear = (nn.Linear, *_quantized_linears())
+    found = {name for name, m in model.named_modules() if isinstance(m, linear) and m is not head}
+    short = {name.rsplit(".", 1)[-1] for name in found}
+    if unknown := set(lora.targets) - short - found:
+        raise InputError(f"lora.targets: no linear layer is called {', '.join(sorted(unknown))}; there are {', '.join(sorted(short))}")
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=sorted(lora.targets or found),
+        use_rslora=lora.variant == "rslora",
+        use_dora=lora.variant == "dora",
+    )
+    inject_adapter_in_model(config, model)
+
+
+def _quantized_linears() -> tuple[type[nn.Module], ...]:
+    try:
+        from bitsandbytes.nn import Linear4bit
+    except ImportError:
+        return ()
+    return (Linear4bit,)

@@ -1,0 +1,139 @@
+"""How processes start and find one another: torchrun through NPROC_PER_NODE, Slurm's variables, or one process."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from datetime import timedelta
+from typing import Literal
+
+from llava_tune.errors import InputError, missing_package
+
+Launcher = Literal["none", "torchrun", "slurm"]
+
+
+def relaunch_under_torchrun(arguments: list[str]) -> None:
+    """If NPROC_PER_NODE asks for processes and none were started yet, become torchrun. Else return.
+
+    NNODES, NODE_RANK, ADDR and PORT mean what torchrun's --nnodes, --node-rank, --master-addr and --master-port mean.
+    """
+    count = os.environ.get("NPROC_PER_NODE")
+    if count is None or "RANK" in os.environ:
+        return
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", count]
+    options = {"NNODES": "--nnodes", "NODE_RANK": "--node-rank", "ADDR": "--master-addr", "PORT": "--master-port"}
+    given = [part for variable, flag in options.items() if (value := os.environ.get(variable)) for part in (flag, value)]
+    if not given:
+        given = ["--standalone"]
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(1, int(count)))))
+    os.execv(sys.executable, [*command, *given, "-m", "llava_tune.cli.main", *arguments])
+
+
+def set_rank_variables(launcher: Launcher, deepspeed: bool) -> None:
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where the launcher doesn't and somebody asks for them.
+
+    Raises:
+        InputError: the launcher's variables are missing.
+    """
+    if launcher == "slurm":
+        _from_slurm()
+    elif launcher == "torchrun" and "RANK" not in os.environ:
+        raise InputError(
+            "--launcher torchrun, but torchrun started no process (RANK is not set). Use NPROC_PER_NODE=N llava-tune ..., or "
+            "torchrun --nproc-per-node N -m llava_tune.cli.main ..."
+        )
+    elif deepspeed and "RANK" not in os.environ:
+        # One process: DeepSpeed asks for MPI unless all of these are set.
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _from_slurm() -> None:
+    needed = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_ID")
+    missing = [v for v in needed if v not in os.environ]
+    if missing:
+        raise InputError(
+            f"--launcher slurm, but {', '.join(missing)} is not set: not inside a Slurm step. Start it with srun: "
+            "srun --ntasks-per-node=GPUS llava-tune pretrain CFG --launcher slurm"
+        )
+    env = os.environ
+    env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
+    env.setdefault("LOCAL_WORLD_SIZE", env.get("SLURM_NTASKS_PER_NODE", "1"))
+    env.setdefault("MASTER_ADDR", _slurm_master())
+    env.setdefault("MASTER_PORT", str(20000 + (int(env["SLURM_JOB_ID"]) * 7 + int(env.get("SLURM_STEP_ID", "0"))) % 20000))
+
+
+def _slurm_master() -> str:
+    """An address of the step's first node that resolves: its name, or what Slurm knows as its NodeAddr."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
+    first = _scontrol("show", "hostnames", nodes).split()[0]
+    try:
+        socket.getaddrinfo(first, None)
+        return first
+    except socket.gaierror:
+        fields = dict(f.split("=", 1) for f in _scontrol("show", "node", first).split() if "=" in f)
+        return fields.get("NodeAddr", first)
+
+
+def _scontrol(*arguments: str) -> str:
+    try:
+        return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise InputError(f"--launcher slurm: scontrol {' '.join(arguments)} failed ({error}). Set MASTER_ADDR yourself") from error
+
+
+def rank() -> int:
+    """This process's number among all."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def collective_timeout() -> timedelta:
+    """How long a collective may wait for a rank: LLAVA_TUNE_COLLECTIVE_TIMEOUT seconds, else 30 minutes."""
+    return timedelta(seconds=float(os.environ.get("LLAVA_TUNE_COLLECTIVE_TIMEOUT", "1800")))
+
+
+def start_process_group(deepspeed: bool) -> None:
+    """Join the other ranks. Data is prepared before this, so that no rank waits for it inside a collective.
+
+    Raises:
+        InputError: DeepSpeed is asked for and not installed.
+    """
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if deepspeed:
+        _require_deepspeed()
+        import deepspeed as ds
+
+        # Before TrainingArguments: ZeRO-3 partitions weights while they load, and needs the group for that.
+        ds.init_distributed(dist_backend="nccl" if on_gpu else "gloo", timeout=collective_timeout(), verbose=False)
+    elif world_size() > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=collective_timeout())
+
+
+def _require_deepspeed() -> None:
+    import importlib.util
+    import shutil
+    from pathlib import Path
+
+    if importlib.util.find_spec("deepspeed") is None:
+        raise missing_package("deepspeed", "deepspeed", "--deepspeed")
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # ninja of this environment
+    if shutil.which("ninja") is None:
+        raise missing_package("ninja", "deepspeed", "--deepspeed compiles its parts, which")
+    if shutil.which("g++") is None and shutil.which("c++") is None:
+        raise InputError("--deepspeed compiles its parts when first used, which needs a C++ compiler. Run: apt-get install g++")

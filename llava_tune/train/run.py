@@ -1,0 +1,106 @@
+"""A training run from its config: data, model, Trainer, the end."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_tune.config import Run
+from llava_tune.errors import InputError
+from llava_tune.train.launch import Launcher, rank, set_rank_variables, start_process_group, world_size
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run gave."""
+
+    work_dir: Path
+    checkpoint: Path
+    steps: int
+
+
+def accumulation_steps(run: Run, ranks: int) -> int:
+    """Micro batches that add up to a global batch on each rank.
+
+    Raises:
+        InputError: the global batch is no multiple of ranks times micro batch.
+    """
+    training = run.training
+    at_once = training.micro_batch_size * ranks
+    if training.global_batch_size % at_once:
+        raise InputError(
+            f"training.global_batch_size {training.global_batch_size} is not a multiple of {ranks} rank(s) x "
+            f"training.micro_batch_size {training.micro_batch_size} = {at_once}. Change one of them"
+        )
+    return training.global_batch_size // at_once
+
+
+def train(
+    run: Run,
+    *,
+    name: str = "run",
+    deepspeed: dict[str, Any] | None = None,
+    launcher: Launcher = "none",
+    resume: str | None = None,
+) -> Trained:
+    """Train as the config says; on several ranks, each calls this.
+
+    Args:
+        name: the work dir is work_dirs/<name> where the config names none.
+        deepspeed: a DeepSpeed config, or None.
+        launcher: who started the processes.
+        resume: 'latest', a checkpoint's folder, or None.
+
+    Raises:
+        InputError: the config, data or checkpoint is wrong.
+    """
+    set_rank_variables(launcher, deepspeed is not None)
+    accumulation = accumulation_steps(run, world_size())
+    work_dir = Path(run.work_dir or Path("work_dirs") / name)
+    _ready_model(run)
+    from llava_tune.train.data import ready_store
+
+    store = ready_store(run)
+    # From here on torch: the data was prepared without it, and before any collective.
+    start_process_group(deepspeed is not None)
+    from llava_tune.train.session import run_session
+
+    return run_session(run, store, work_dir, accumulation, deepspeed, resume)
+
+
+def _ready_model(run: Run) -> None:
+    """Convert an InternLM2 checkpoint into the cache, on one rank of each node, before the ranks meet."""
+    from llava_tune.model import internlm2
+
+    folder = Path(run.model.llm.name)
+    if not folder.is_dir() or not internlm2.is_internlm2(folder) or run.model.llm.weights == "random":
+        return
+    from llava_tune.train.waiting import once
+
+    target = internlm2.converted_folder(folder)
+    once(
+        lock=target.with_suffix(".lock"),
+        is_done=target.is_dir,
+        work=lambda: _convert(folder),
+        progress=lambda: str(sum(f.stat().st_size for f in target.parent.glob(f".{target.name}*/*"))),
+        what=f"{folder} to be converted",
+        speak=rank() == 0,
+    )
+
+
+def _convert(folder: Path) -> None:
+    from llava_tune.model import internlm2
+
+    print(f"converting {folder} from InternLM2's layout to Llama's, once, into the cache", file=sys.stderr, flush=True)
+    internlm2.convert(folder)
+
+
+def total_steps(run: Run, samples: int) -> int:
+    """Optimizer steps of the run."""
+    if run.training.max_steps:
+        return run.training.max_steps
+    return math.ceil(run.training.epochs * math.ceil(samples / run.training.global_batch_size))
+

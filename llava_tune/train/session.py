@@ -1,0 +1,179 @@
+"""The part of a run that needs torch: build everything, train, write the end."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PrinterCallback, ProgressCallback, TrainingArguments
+
+from llava_tune.config import Run
+from llava_tune.data import Collator, ImageTransform, LlavaDataset
+from llava_tune.data.images import image_transform
+from llava_tune.data.layout import Layout
+from llava_tune.data.order import BatchOrder
+from llava_tune.data.prepare import make_plan
+from llava_tune.data.tokenizer import load_tokenizer
+from llava_tune.errors import InputError
+from llava_tune.model.factory import build_llava
+from llava_tune.model.llava import Llava
+from llava_tune.train.checkpoint import check_resume, checkpoints, clear_staging, find_resume, step_of
+from llava_tune.train.launch import collective_timeout, rank, world_size
+from llava_tune.train.preview import PreviewCallback
+from llava_tune.train.run import Trained, total_steps
+from llava_tune.train.telemetry import Telemetry, draw_loss_curve
+from llava_tune.train.trainer import LlavaTrainer
+
+
+def use_bf16(run: Run) -> bool:
+    """Train in bf16: as the config says; auto asks the GPU."""
+    if run.training.precision == "auto":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return run.training.precision == "bf16"
+
+
+def run_session(
+    run: Run, store: Path, work_dir: Path, accumulation: int, deepspeed: dict[str, Any] | None, resume: str | None
+) -> Trained:
+    """Train on a store that is ready, in a process group that has begun. See `train`."""
+    main = rank() == 0
+    transform = image_transform(run.model.vision, run.dataset.pad_image_to_square)
+    dataset = LlavaDataset(store, run.dataset.image_folder, transform, quarantine=work_dir / "quarantine.jsonl")
+    fingerprint = {"samples": len(dataset), "spec": dataset.manifest["spec"], "sources": dataset.manifest["sources"]}
+    checkpoint = find_resume(resume, work_dir) if resume else None
+    if checkpoint is not None:
+        check_resume(checkpoint, run, fingerprint)
+    elif not resume and checkpoints(work_dir):
+        raise InputError(
+            f"{work_dir} holds checkpoints of an earlier run. Go on with it: --resume; start anew: another --work-dir, or remove it"
+        )
+    work_dir.mkdir(parents=True, exist_ok=True)
+    if main:
+        clear_staging(work_dir)
+    start_step = step_of(checkpoint) if checkpoint else 0
+    order = BatchOrder(
+        dataset.lengths,
+        seed=run.training.seed,
+        global_batch_size=run.training.global_batch_size,
+        micro_batch_size=run.training.micro_batch_size,
+        group_by_length=run.training.group_by_length,
+        rank=rank(),
+        world_size=world_size(),
+        start_step=start_step,
+        total_steps=total_steps(run, len(dataset)),
+    )
+    arguments = _arguments(run, work_dir, accumulation, order.total_steps, deepspeed)
+    transformers.set_seed(run.training.seed)
+    llava = build_llava(run.model, dtype=torch.bfloat16 if use_bf16(run) else torch.float32, seed=run.training.seed)
+    if run.training.gradient_checkpointing:
+        llava.gradient_checkpointing_enable()
+    tokenizer = load_tokenizer(run.model.llm.tokenizer or run.model.llm.name)
+    trainer = _trainer(run, llava, tokenizer, dataset, transform, order, arguments, fingerprint, work_dir, start_step)
+    if main:
+        _announce(run, llava, dataset, order, work_dir, checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if main:
+        _finish(dataset, work_dir)
+    return Trained(work_dir, checkpoints(work_dir)[-1], order.total_steps)
+
+
+def _arguments(
+    run: Run, work_dir: Path, accumulation: int, steps: int, deepspeed: dict[str, Any] | None
+) -> TrainingArguments:
+    training, optimizer = run.training, run.optimizer
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(work_dir / "tensorboard")
+    return TrainingArguments(
+        output_dir=str(work_dir),
+        max_steps=steps,
+        per_device_train_batch_size=training.micro_batch_size,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=optimizer.learning_rate,
+        weight_decay=optimizer.weight_decay,
+        max_grad_norm=optimizer.max_grad_norm,
+        lr_scheduler_type=optimizer.schedule,
+        warmup_steps=int(steps * optimizer.warmup_ratio + 0.999),
+        bf16=use_bf16(run),
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=training.logging_steps,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=training.save_steps,
+        save_total_limit=training.save_total_limit,
+        ignore_data_skip=True,
+        seed=training.seed,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        report_to=["tensorboard", *training.report_to],
+        ddp_find_unused_parameters=False,
+        ddp_timeout=int(collective_timeout().total_seconds()),
+        deepspeed=deepspeed,
+        accelerator_config={"dispatch_batches": False},
+    )
+
+
+def _trainer(
+    run: Run,
+    llava: Llava,
+    tokenizer: Any,
+    dataset: LlavaDataset,
+    transform: ImageTransform,
+    order: BatchOrder,
+    arguments: TrainingArguments,
+    fingerprint: dict[str, Any],
+    work_dir: Path,
+    start_step: int,
+) -> LlavaTrainer:
+    main = rank() == 0
+    telemetry = Telemetry(work_dir, dataset, run.dataset.max_bad_share, start_step, order, main)
+    callbacks: list[Any] = [telemetry]
+    if run.preview.every_steps:
+        layout = Layout(make_plan(run).layout)
+        callbacks.append(PreviewCallback(run.preview, layout, tokenizer, transform, work_dir, main))
+    trainer = LlavaTrainer(
+        run=run,
+        model=llava,
+        args=arguments,
+        tokenizer=tokenizer,
+        dataset=dataset,
+        collator=Collator(llava.vision.tokens, transform.size),
+        order=order,
+        data_fingerprint=fingerprint,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    telemetry.trainer = trainer
+    return trainer
+
+
+def _announce(
+    run: Run, llava: Llava, dataset: LlavaDataset, order: BatchOrder, work_dir: Path, checkpoint: Path | None
+) -> None:
+    sizes = {}
+    for name, parameter in llava.named_parameters():
+        part = sizes.setdefault(name.split(".", 1)[0], [0, 0])
+        count = int(getattr(parameter, "ds_numel", parameter.numel()))
+        part[0] += count
+        part[1] += count if parameter.requires_grad else 0
+    parts = ", ".join(f"{name} {total / 1e6:,.1f}M ({trained / 1e6:,.1f}M trained)" for name, (total, trained) in sizes.items())
+    lines = [
+        f"model: {parts}",
+        f"data: {len(dataset):,} samples, {int(dataset.lengths.sum(dtype='int64')):,} tokens",
+        f"batches: {order.global_batch_size} global = {order.world_size} rank(s) x {order.micro_batch_size} x "
+        f"{order.accumulation} accumulated; {order.total_steps} steps, {order.total_steps / order.steps_per_epoch:.2f} epochs",
+        f"work dir: {work_dir}" + (f", resuming from {checkpoint}" if checkpoint else ""),
+    ]
+    print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def _finish(dataset: LlavaDataset, work_dir: Path) -> None:
+    curve = draw_loss_curve(work_dir)
+    print(f"done: {checkpoints(work_dir)[-1]}" + (f", loss curve: {curve}" if curve else ""), file=sys.stderr, flush=True)
+    bad = dataset.quarantine.entries() if dataset.quarantine else []
+    if bad:
+        print(f"{len(bad)} image(s) could not be used and gave no loss: {work_dir / 'quarantine.jsonl'}", file=sys.stderr, flush=True)
+
