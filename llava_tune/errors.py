@@ -16,4 +16,6 @@ class InputError(ValueError):
 
 def missing_package(package: str, extra: str, why: str) -> InputError:
     """The error for an optional dependency that isn't installed, with the command that installs it."""
-    return InputError(f"{why} needs the package {package!r}, which is not installed. Run: pip install 'llava-tune[{extra}]'")
+    return InputError(
+        f"{why} needs the package {package!r}, which is not installed. Run: pip install 'llava-tune[{extra}]'"
+    )

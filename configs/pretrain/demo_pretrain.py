@@ -24,10 +24,13 @@ run = Run(
         max_length=128,
         num_workers=0,
     ),
-    optimizer=Optimizer(learning_rate=2e-3, weight_decay=0.05, warmup_ratio=0.05),
-    training=Training(global_batch_size=32, micro_batch_size=32, epochs=6, save_steps=100_000, logging_steps=5),
+    optimizer=Optimizer(learning_rate=7e-4, weight_decay=0.05, warmup_ratio=0.05),
+    training=Training(global_batch_size=16, micro_batch_size=16, epochs=4, save_steps=100_000, logging_steps=10),
     preview=Preview(
-        every_steps=100, images=(f"{demo}/data/images/00000.png",), questions=("Describe the image.",), max_new_tokens=16
+        every_steps=250,
+        images=(f"{demo}/data/images/00000.png",),
+        questions=("Describe the image.",),
+        max_new_tokens=16,
     ),
     work_dir=f"{demo}/pretrain",
 )

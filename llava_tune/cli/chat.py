@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
     from llava_tune.evaluate.answer import Answerer
 
-HELP = "/image FILE adds an image to your next message, /reset forgets the conversation, /system TEXT sets what is said before \
+HELP = (
+    "/image FILE adds an image to your next message, /reset forgets the conversation, /system TEXT sets what is said before \
 it, /save FILE writes it, /quit ends"
+)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -61,6 +62,11 @@ def main() -> None:
         sys.exit(EXIT_BAD_INPUT)
     except TimeoutError as error:
         _complain(str(error))
+        sys.exit(EXIT_RUN_FAILED)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _complain(f"{error}. Nothing half-written is left; make space and run the same command again: it goes on")
         sys.exit(EXIT_RUN_FAILED)
     except KeyboardInterrupt:
         _complain("interrupted")

@@ -30,7 +30,9 @@ def parse(command: type[A], arguments: list[str], verb: str, description: str) -
     if not arguments or arguments[0].startswith("-"):
         text = f"usage: llava-tune {verb} CFG [options] [config fields]\n\n{description}"
         if arguments and arguments[0] in ("-h", "--help"):
-            print(f"{text}\n\nCFG is a config file or a name of `llava-tune list-cfg`. With CFG, --help shows every option and field:")
+            print(
+                f"{text}\n\nCFG is a config file or a name of `llava-tune list-cfg`. With CFG, --help shows every option and field:"
+            )
             print(f"  llava-tune {verb} CFG --help")
             raise SystemExit(EXIT_OK)
         raise InputError(f"name a config first. {text.splitlines()[0]}")

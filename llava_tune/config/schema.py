@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+import dataclasses
+import difflib
+import functools
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import pydantic
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from typing_extensions import Self, dataclass_transform
+
+from llava_tune.errors import InputError
 
 T = TypeVar("T")
 _STRICT = ConfigDict(extra="forbid", strict=False, validate_default=True)
@@ -21,7 +26,38 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(pydantic.Field,))
 def _config(cls: type[T]) -> type[T]:
-    return pydantic_dataclass(config=_STRICT, frozen=True, kw_only=True)(cls)  # type: ignore[return-value]
+    """A frozen dataclass that checks names and types when it is made, and says what is wrong in one sentence."""
+    made: Any = pydantic_dataclass(config=_STRICT, frozen=True, kw_only=True)(cls)
+    checked = made.__init__
+
+    @functools.wraps(checked)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            checked(self, *args, **kwargs)
+        except pydantic.ValidationError as error:
+            raise InputError(_explain(error, [f.name for f in dataclasses.fields(made)])) from None
+
+    made.__init__ = __init__
+    return cast(type[T], made)
+
+
+def _explain(error: pydantic.ValidationError, names: list[str]) -> str:
+    """One sentence a problem: which field, what was found, and the nearest right name."""
+    sentences = []
+    for problem in error.errors():
+        where = ".".join([error.title, *(str(part) for part in problem["loc"])])
+        kind = problem["type"]
+        if kind == "unexpected_keyword_argument":
+            close = difflib.get_close_matches(str(problem["loc"][-1]), names, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            sentences.append(f"{where} is not a field; {hint}{error.title} has: {', '.join(names)}")
+        elif kind.startswith("missing"):
+            sentences.append(f"{where} is missing; it has no default, so the config must set it")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            found = "" if kind == "value_error" else f"; found {problem['input']!r}"
+            sentences.append(f"{where}: {message}{found}")
+    return "; ".join(sentences)
 
 
 @_config
@@ -61,9 +97,13 @@ class LanguageModel:
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.quantization != "none" and self.lora.rank == 0:
-            raise ValueError("quantization='nf4' keeps the weights frozen, so it needs lora.rank above 0 to train anything")
+            raise ValueError(
+                "quantization='nf4' keeps the weights frozen, so it needs lora.rank above 0 to train anything"
+            )
         if self.lora.rank and not self.freeze:
-            raise ValueError("lora.rank is above 0, so the language model's own weights are not trained: set freeze=True")
+            raise ValueError(
+                "lora.rank is above 0, so the language model's own weights are not trained: set freeze=True"
+            )
         return self
 
 
@@ -84,7 +124,9 @@ class VisionTower:
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.feature_layer >= 0:
-            raise ValueError(f"feature_layer counts from the end and must be negative, such as -2; found {self.feature_layer}")
+            raise ValueError(
+                f"feature_layer counts from the end and must be negative, such as -2; found {self.feature_layer}"
+            )
         if self.lora.rank and not self.freeze:
             raise ValueError("lora.rank is above 0, so the tower's own weights are not trained: set freeze=True")
         return self

@@ -82,7 +82,9 @@ class LlavaDataset:
     ) -> None:
         folder = Path(offline_processed_text_folder)
         self.manifest = read_manifest(folder)
-        self.rows: Any = open_store(folder).with_format("numpy", columns=["input_ids", "labels"], output_all_columns=True)
+        self.rows: Any = open_store(folder).with_format(
+            "numpy", columns=["input_ids", "labels"], output_all_columns=True
+        )
         self.lengths = column_lengths(self.rows)
         self.transform = transform
         self.quarantine = Quarantine(quarantine) if quarantine else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import numpy as np
@@ -65,7 +66,7 @@ class Encoder:
         self, texts: list[str], ids: np.ndarray, offsets: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Encode the texts that gave a control token a character at a time, which can't give one of several."""
-        rows = [ids[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+        rows = [ids[a:b] for a, b in itertools.pairwise(offsets.tolist())]
         for i, row in enumerate(rows):
             if np.isin(row, self.forbidden).any():
                 pieces = self._encode_reference(list(texts[i]))[0]

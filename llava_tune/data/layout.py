@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -11,10 +11,8 @@ from llava_tune.constants import IGNORE_INDEX, IMAGE_PLACEHOLDER, IMAGE_TOKEN_IN
 from llava_tune.data.encoder import Encoder
 from llava_tune.data.records import Record
 from llava_tune.data.templates import Template
+from llava_tune.data.tokenizer import Vocabulary
 from llava_tune.errors import InputError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -32,8 +30,7 @@ class LayoutSpec:
 
     @staticmethod
     def of(
-        tokenizer: PreTrainedTokenizerBase,
-        plain_json: str,
+        vocabulary: Vocabulary,
         template: Template,
         max_length: int,
         image_tokens: int,
@@ -43,8 +40,8 @@ class LayoutSpec:
         Raises:
             InputError: the tokenizer lacks a control token of the template, or not one image fits max_length.
         """
-        vocabulary = tokenizer.get_vocab()
-        missing = [c for c in template.control if c not in vocabulary]
+        control = {c: token for c in template.control if (token := vocabulary.id_of(c)) is not None}
+        missing = [c for c in template.control if c not in control]
         if missing:
             raise InputError(
                 f"dataset.template {template.name!r} needs the token(s) {', '.join(missing)}, which the tokenizer lacks. "
@@ -55,11 +52,9 @@ class LayoutSpec:
                 f"dataset.max_length is {max_length}, but one image takes {image_tokens} tokens: no sample with an image "
                 f"fits. Set max_length to more than {image_tokens}"
             )
-        control = {c: vocabulary[c] for c in template.control}
-        forbidden = tuple(sorted({*control.values(), *tokenizer.all_special_ids} - {tokenizer.unk_token_id}))
-        return LayoutSpec(
-            plain_json, template, control, forbidden, tokenizer.bos_token_id, max_length, image_tokens, image_position
-        )
+        forbidden = tuple(sorted({*control.values(), *vocabulary.special_ids}))
+        plain = vocabulary.plain_json()
+        return LayoutSpec(plain, template, control, forbidden, vocabulary.bos, max_length, image_tokens, image_position)
 
 
 @dataclass
@@ -203,7 +198,9 @@ class Layout:
             n = int(np.searchsorted(sizes, limit, side="right"))
             batch.truncated += 1
             if (batch.labels[a : a + n] == IGNORE_INDEX).all():
-                batch.unsupervised.append((i, f"nothing supervised within max_length {limit} (it has {sizes[-1]} tokens)"))
+                batch.unsupervised.append(
+                    (i, f"nothing supervised within max_length {limit} (it has {sizes[-1]} tokens)")
+                )
                 whole[i], n = False, 0
             keep[a + n : b] = False
             kept[i] = n
@@ -250,9 +247,3 @@ class _Slot:
                 texts.append(text)
                 supervised.append(0)
         pieces.append(self.tail)
-
-
-def layout_of(record: Record, layout: Layout) -> Any:
-    """One record's (input_ids, labels) as lists; for tests and `inspect`."""
-    batch = layout.tokenize([record])
-    return batch.input_ids.tolist(), batch.labels.tolist()

@@ -10,7 +10,9 @@ _GROUP = 64
 """Global batches whose samples are sorted by length together."""
 
 
-def epoch_order(lengths: np.ndarray, epoch: int, seed: int, global_batch_size: int, group_by_length: bool) -> np.ndarray:
+def epoch_order(
+    lengths: np.ndarray, epoch: int, seed: int, global_batch_size: int, group_by_length: bool
+) -> np.ndarray:
     """Sample indices of an epoch, int64 [steps, global_batch_size].
 
     The last step is filled up from the epoch's start, so that every step has a whole global batch and no sample is left

@@ -36,7 +36,7 @@ from llava_tune.data.store import (
     write_manifest,
 )
 from llava_tune.data.templates import get_template
-from llava_tune.data.tokenizer import fingerprint, load_tokenizer, plain_json
+from llava_tune.data.tokenizer import load_vocabulary
 from llava_tune.errors import InputError
 from llava_tune.paths import write_whole
 
@@ -94,12 +94,14 @@ def make_plan(run: Run) -> Plan:
     data = run.dataset
     template = get_template(data.template)
     if data.image_folder is not None and not Path(data.image_folder).is_dir():
-        raise InputError(f"dataset.image_folder {data.image_folder}: no such folder. Records name their images relative to it")
-    tokenizer = load_tokenizer(run.model.llm.tokenizer or run.model.llm.name)
+        raise InputError(
+            f"dataset.image_folder {data.image_folder}: no such folder. Records name their images relative to it"
+        )
+    vocabulary = load_vocabulary(run.model.llm.tokenizer or run.model.llm.name)
     patches = image_tokens(run.model.vision)
-    layout = LayoutSpec.of(tokenizer, plain_json(tokenizer), template, data.max_length, patches, data.image_position)
+    layout = LayoutSpec.of(vocabulary, template, data.max_length, patches, data.image_position)
     spec = StoreSpec(
-        tokenizer=fingerprint(tokenizer),
+        tokenizer=vocabulary.fingerprint(),
         template=template.name,
         template_hash=hashlib.sha256(repr(template).encode()).hexdigest(),
         max_length=data.max_length,
@@ -141,7 +143,9 @@ def prepare_plan(plan: Plan, folder: Path, *, num_proc: int | None = None, repor
             check_source(folder, manifest, plan.source)
         return _prepared(folder, manifest, was_there=True)
     if plan.source is None:
-        raise InputError("dataset.data_path is not set: there is nothing to prepare from. Set it to a LLaVA JSON or JSONL file")
+        raise InputError(
+            "dataset.data_path is not set: there is nothing to prepare from. Set it to a LLaVA JSON or JSONL file"
+        )
     source = Source(plan.source)
     _begin(folder, plan, source)
     progress = Progress(source.bytes)
@@ -323,9 +327,7 @@ def _parse(text: bytes, format: Format, part: int, left_out: list[dict[str, Any]
     return records
 
 
-def _parse_one_by_one(
-    text: bytes, format: Format, left_out: list[dict[str, Any]]
-) -> tuple[list[Any], list[int]]:
+def _parse_one_by_one(text: bytes, format: Format, left_out: list[dict[str, Any]]) -> tuple[list[Any], list[int]]:
     raws, lines = [], []
     for line, raw in split_records(text, format):
         try:
@@ -368,6 +370,8 @@ def _finish(folder: Path, plan: Plan, source: Source, parts: list[dict[str, Any]
     }
     write_manifest(folder, manifest, [p["file"] for p in parts])
     shutil.rmtree(folder / PARTS, ignore_errors=True)
+    for beside in folder.glob(".*.tmp"):  # what a killed run left half-written
+        beside.unlink(missing_ok=True)
     return manifest
 
 

@@ -87,9 +87,12 @@ def part_name(index: int) -> str:
 @contextmanager
 def part_writer(folder: Path, index: int) -> Iterator[Any]:
     """Write one Arrow stream file; it is there, whole, when the block ends without an error."""
-    with whole_file(folder / part_name(index)) as beside, pa.OSFile(str(beside), "wb") as sink:
-        with pa.ipc.new_stream(sink, SCHEMA) as writer:
-            yield writer
+    with (
+        whole_file(folder / part_name(index)) as beside,
+        pa.OSFile(str(beside), "wb") as sink,
+        pa.ipc.new_stream(sink, SCHEMA) as writer,
+    ):
+        yield writer
 
 
 def file_hash(path: Path) -> str:
@@ -104,7 +107,7 @@ def file_hash(path: Path) -> str:
 def write_manifest(folder: Path, manifest: dict[str, Any], files: list[str]) -> None:
     """Make `folder` a store: what `datasets` needs, then the manifest as the last file."""
     content = json.dumps(manifest, indent=1, sort_keys=True)
-    state = {
+    state: dict[str, Any] = {
         "_data_files": [{"filename": name} for name in files],
         "_fingerprint": xxhash.xxh3_64(content.encode()).hexdigest(),
         "_format_columns": None,
@@ -130,7 +133,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder. `llava-tune prepare CFG --save-folder {folder}` makes it")
         if (folder / PARTS).is_dir():
-            raise InputError(f"{folder}: preparing it has not finished. Run the same `llava-tune prepare` again: it goes on")
+            raise InputError(
+                f"{folder}: preparing it has not finished. Run the same `llava-tune prepare` again: it goes on"
+            )
         raise InputError(f"{folder}: holds no {MANIFEST}: not a folder that `llava-tune prepare` wrote")
     manifest = json.loads(path.read_bytes())
     if manifest.get("format_version") != FORMAT_VERSION:
@@ -186,7 +191,9 @@ def open_store(folder: Path) -> datasets.Dataset:
         size = path.stat().st_size if path.is_file() else None
         if size != part["bytes"]:
             found = "is missing" if size is None else f"has {size:,} bytes"
-            raise InputError(f"{path} {found}; the manifest says {part['bytes']:,} bytes. Copy the store again or prepare it again")
+            raise InputError(
+                f"{path} {found}; the manifest says {part['bytes']:,} bytes. Copy the store again or prepare it again"
+            )
     import datasets
 
     return datasets.load_from_disk(str(folder))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,28 +106,92 @@ def convert_internlm2_tokenizer(model: Path) -> Path:
     )
     tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t in user_defined if t not in chat])
     if len(tokenizer) != len(names):
-        raise InputError(f"{model}: converting it gave {len(tokenizer)} tokens for {len(names)} pieces; please report this")
+        raise InputError(
+            f"{model}: converting it gave {len(tokenizer)} tokens for {len(names)} pieces; please report this"
+        )
     with whole_folder(target) as folder:
         tokenizer.save_pretrained(folder)
     return target
 
 
-def plain_json(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tokenizer as JSON without its special tokens and post-processor: it encodes every string as ordinary text."""
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    backend["added_tokens"] = [t for t in backend["added_tokens"] if not t["special"]]
-    backend["post_processor"] = backend["truncation"] = backend["padding"] = None
-    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": False}
-    if backend["pre_tokenizer"] == metaspace and backend["normalizer"] is None:
-        # The same mapping as a normalizer, which fastokens reads too.
-        backend["pre_tokenizer"] = None
-        backend["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    return json.dumps(backend, ensure_ascii=False, sort_keys=True)
+@dataclass(frozen=True)
+class Vocabulary:
+    """What preparing needs of a tokenizer, read from its files without transformers (which imports torch).
+
+    Attributes:
+        backend: the tokenizer.json, parsed.
+        bos, eos: ids, or None.
+    """
+
+    backend: dict[str, Any]
+    bos: int | None
+    eos: int | None
+
+    @property
+    def special_ids(self) -> set[int]:
+        """Ids of the special added tokens, without the one for unknown text."""
+        unknown = self.backend["model"].get("unk_token")
+        return {t["id"] for t in self.backend["added_tokens"] if t["special"] and t["content"] != unknown}
+
+    def id_of(self, token: str) -> int | None:
+        """The id of an added token, or None."""
+        return next((t["id"] for t in self.backend["added_tokens"] if t["content"] == token), None)
+
+    def plain_json(self) -> str:
+        """The tokenizer without its special tokens and post-processor: it encodes every string as ordinary text."""
+        plain = {**self.backend, "post_processor": None, "truncation": None, "padding": None}
+        plain["added_tokens"] = [t for t in self.backend["added_tokens"] if not t["special"]]
+        metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": False}
+        if plain["pre_tokenizer"] == metaspace and plain["normalizer"] is None:
+            # The same mapping as a normalizer, which fastokens reads too.
+            plain["pre_tokenizer"] = None
+            plain["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+        return json.dumps(plain, ensure_ascii=False, sort_keys=True)
+
+    def fingerprint(self) -> str:
+        """sha256 of all that decides the ids."""
+        content = {**self.backend, "truncation": None, "padding": None}
+        text = json.dumps([content, self.bos, self.eos], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
-def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 of all that decides the ids: the tokenizer's JSON and its special tokens."""
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    backend["truncation"] = backend["padding"] = None
-    text = json.dumps([backend, tokenizer.bos_token_id, tokenizer.eos_token_id], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+def load_vocabulary(name: str) -> Vocabulary:
+    """The vocabulary of a tokenizer folder or Hub name.
+
+    Raises:
+        InputError: there is none.
+    """
+    folder = tokenizer_folder(name)
+    files = _local_files(folder)
+    if files is None:
+        tokenizer = load_tokenizer(folder)
+        return Vocabulary(
+            json.loads(tokenizer.backend_tokenizer.to_str()), tokenizer.bos_token_id, tokenizer.eos_token_id
+        )
+    try:
+        backend, config = (json.loads(path.read_text()) for path in files)
+    except ValueError as error:
+        raise InputError(f"tokenizer {name!r}: not valid JSON: {_first_line(error)}") from error
+    vocabulary = Vocabulary(backend, None, None)
+
+    def special(key: str) -> int | None:
+        token = config.get(key)
+        content = token.get("content") if isinstance(token, dict) else token
+        return vocabulary.id_of(content) if content else None
+
+    return Vocabulary(backend, special("bos_token"), special("eos_token"))
+
+
+def _local_files(name: str) -> tuple[Path, Path] | None:
+    """tokenizer.json and tokenizer_config.json of a folder, or of a Hub name (downloaded); None if one is missing."""
+    names = ("tokenizer.json", "tokenizer_config.json")
+    if Path(name).is_dir():
+        first, second = (Path(name) / n for n in names)
+        return (first, second) if first.is_file() and second.is_file() else None
+    from huggingface_hub import hf_hub_download
+
+    try:
+        first, second = (Path(hf_hub_download(name, n)) for n in names)
+    except Exception:
+        return None  # transformers then says what is wrong
+    return first, second

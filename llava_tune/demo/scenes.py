@@ -84,7 +84,10 @@ def write_data(folder: Path, *, train: int, test: int, seed: int) -> None:
         rng.shuffle(asked)
         if i < train:
             files["captions"].append(_record(i, name, [("Describe the image.", caption(scene))]))
-            files["train"].append(_record(i, name, [(q, a) for q, a, _ in asked]))
+            # Two rounds a record: with all four, most answers could be read off an earlier round instead of the image.
+            for half in (0, 2):
+                rounds = [(q, a) for q, a, _ in asked[half : half + 2]]
+                files["train"].append(_record(f"{i}-{half}", name, rounds))
         else:
             files["test"] += [_record(f"{i}-{kind}", name, [(q, a)], kind) for q, a, kind in asked]
     for stem, records in files.items():

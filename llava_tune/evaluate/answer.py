@@ -38,7 +38,9 @@ class Answerer:
         """Token ids of a prompt; see Layout.prompt."""
         return self.layout.prompt(rounds, question, system)
 
-    def answer(self, prompts: list[list[int]], images: list[Tensor], max_new_tokens: int, streamer: Any = None) -> list[str]:
+    def answer(
+        self, prompts: list[list[int]], images: list[Tensor], max_new_tokens: int, streamer: Any = None
+    ) -> list[str]:
         """Greedy answers.
 
         Args:

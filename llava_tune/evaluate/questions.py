@@ -60,5 +60,5 @@ def swap_images(questions: list[Question], seed: int) -> list[Question]:
         raise InputError("--swap-images needs questions on at least two different images")
     shuffled = distinct[:]
     random.Random(seed).shuffle(shuffled)
-    following = {a: b for a, b in zip(shuffled, shuffled[1:] + shuffled[:1], strict=True)}
+    following = dict(zip(shuffled, shuffled[1:] + shuffled[:1], strict=True))
     return [replace(q, images=list(following[tuple(q.images)])) if q.images else q for q in questions]

@@ -113,7 +113,8 @@ def load_weights(llava: nn.Module, weights: Mapping[str, Tensor], where: str) ->
     """
     targets: dict[str, Any] = dict(llava.named_parameters()) | dict(llava.named_buffers())
     for name, value in weights.items():
-        target = targets.get(name)
+        owner, _, last = name.rpartition(".")
+        target = targets.get(name, targets.get(f"{owner}.base_layer.{last}"))  # a layer that has adapters now
         if target is None:
             raise InputError(
                 f"{where} holds {name!r}, which the model of this config lacks. The config's model must be the checkpoint's: "
@@ -175,6 +176,8 @@ def load_checkpoint(checkpoint: str | Path, *, dtype: torch.dtype = torch.float3
     weights = read_weights(folder)
     expected = llava.trained_state(drawn_parts(dataclasses.replace(run.model, init_from=None)))
     if missing := set(expected) - set(weights):
-        raise InputError(f"{folder}: {len(missing)} weights are missing, such as {sorted(missing)[0]}; the checkpoint is broken")
+        raise InputError(
+            f"{folder}: {len(missing)} weights are missing, such as {sorted(missing)[0]}; the checkpoint is broken"
+        )
     load_weights(llava, weights, str(folder))
     return llava.to(dtype).eval(), run

@@ -66,5 +66,3 @@ def _until(ids: list[int], stop_ids: list[int]) -> list[int]:
         if token in stop_ids:
             return ids[:i]
     return ids
-
-

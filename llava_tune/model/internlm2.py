@@ -27,6 +27,10 @@ _NAMES = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
+_SAME = """
+vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act
+max_position_embeddings rms_norm_eps initializer_range bos_token_id eos_token_id pad_token_id tie_word_embeddings
+"""
 _CONVERSION = "1"  # raise it when the conversion changes: it is part of the cache's key
 
 
@@ -46,10 +50,7 @@ def llama_config(config: dict[str, Any]) -> LlamaConfig:
 
     if config.get("bias", False):
         raise InputError("this InternLM2 checkpoint has biases (config.json: bias true), which are not supported")
-    same = (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
-        "max_position_embeddings rms_norm_eps initializer_range bos_token_id eos_token_id pad_token_id tie_word_embeddings"
-    ).split()
+    same = _SAME.split()
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.get("rope_theta", 10000.0)}
     if scaling := config.get("rope_scaling"):
         rope |= {"rope_type": scaling.get("type", scaling.get("rope_type")), "factor": scaling["factor"]}
@@ -62,7 +63,8 @@ def convert_weights(theirs: Iterator[tuple[str, Tensor]], config: LlamaConfig) -
     Raises:
         InputError: a name that InternLM2 does not have.
     """
-    kv, heads = config.num_key_value_heads, config.num_attention_heads
+    heads = config.num_attention_heads
+    kv = config.num_key_value_heads or heads
     dim = config.hidden_size // heads
     whole = {
         "model.tok_embeddings.weight": "model.embed_tokens.weight",

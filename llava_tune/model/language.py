@@ -40,7 +40,9 @@ def _download_if_internlm2(name: str) -> Path | None:
     try:
         config = Path(hf_hub_download(name, "config.json"))
     except Exception as error:
-        raise InputError(f"model.llm.name {name}: no such folder, and the Hugging Face Hub can't give it: {error}") from error
+        raise InputError(
+            f"model.llm.name {name}: no such folder, and the Hugging Face Hub can't give it: {error}"
+        ) from error
     if not internlm2.is_internlm2(config.parent):
         return None
     return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin", "tokenizer.model"]))
@@ -63,11 +65,17 @@ def build_language_model(config: LanguageModel, dtype: torch.dtype) -> Any:
         shape = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         shape._attn_implementation = attention
         mapping: Any = AutoModelForCausalLM._model_mapping
-        model = mapping[type(shape)](shape).to(dtype)  # not from_config: ZeRO-3 would partition it before its weights are drawn
+        model = mapping[type(shape)](shape).to(
+            dtype
+        )  # not from_config: ZeRO-3 would partition it before its weights are drawn
     else:
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, attn_implementation=attention, trust_remote_code=False, **_quantization(config, dtype)
+                folder,
+                dtype=dtype,
+                attn_implementation=attention,
+                trust_remote_code=False,
+                **_quantization(config, dtype),
             )
         except (OSError, ValueError) as error:
             raise InputError(f"model.llm.name {config.name} can't be loaded: {str(error).splitlines()[0]}") from error
@@ -96,15 +104,19 @@ def add_lora(model: nn.Module, lora: Lora) -> None:
     """Put adapters into the model's linear layers, in place; the adapters' weights are the trainable ones."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    linear = (nn.Linear, *_quantized_linears())
+    find_head: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = find_head()
+    linear: tuple[type, ...] = (nn.Linear, *_quantized_linears())
     found = {name for name, m in model.named_modules() if isinstance(m, linear) and m is not head}
     short = {name.rsplit(".", 1)[-1] for name in found}
     if unknown := set(lora.targets) - short - found:
-        raise InputError(f"lora.targets: no linear layer is called {', '.join(sorted(unknown))}; there are {', '.join(sorted(short))}")
+        raise InputError(
+            f"lora.targets: no linear layer is called {', '.join(sorted(unknown))}; there are {', '.join(sorted(short))}"
+        )
+    settings: dict[str, Any] = {"lora_alpha": lora.alpha}
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        **settings,
         lora_dropout=lora.dropout,
         target_modules=sorted(lora.targets or found),
         use_rslora=lora.variant == "rslora",
@@ -115,7 +127,8 @@ def add_lora(model: nn.Module, lora: Lora) -> None:
 
 def _quantized_linears() -> tuple[type[nn.Module], ...]:
     try:
-        from bitsandbytes.nn import Linear4bit
+        import bitsandbytes.nn
     except ImportError:
         return ()
-    return (Linear4bit,)
+    four_bit: type[nn.Module] = bitsandbytes.nn.Linear4bit
+    return (four_bit,)

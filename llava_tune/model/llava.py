@@ -57,7 +57,9 @@ class Llava(nn.Module):
         if placeholders == 0:
             return embeddings + 0.0 * projected.sum()
         if placeholders != projected.shape[0] * projected.shape[1]:
-            raise ValueError(f"{placeholders} image tokens in the batch, but the images give {tuple(projected.shape[:2])} patches")
+            raise ValueError(
+                f"{placeholders} image tokens in the batch, but the images give {tuple(projected.shape[:2])} patches"
+            )
         return embeddings.masked_scatter(is_patch[..., None], projected)
 
     def forward(
@@ -89,7 +91,10 @@ class Llava(nn.Module):
         else:
             logits = self.llm(**inputs).logits
             total = nn.functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+                logits[:, :-1].flatten(0, 1).float(),
+                labels[:, 1:].flatten(),
+                ignore_index=IGNORE_INDEX,
+                reduction="sum",
             )
         if num_items_in_batch is None:
             num_items_in_batch = (labels[:, 1:] != IGNORE_INDEX).sum()
@@ -111,5 +116,7 @@ class Llava(nn.Module):
         """Recompute activations of the language model, and of the vision tower if it is trained."""
         kwargs = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
         self.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
-        if any(p.requires_grad for p in self.vision.parameters()) and hasattr(self.vision.visual, "set_grad_checkpointing"):
+        if any(p.requires_grad for p in self.vision.parameters()) and hasattr(
+            self.vision.visual, "set_grad_checkpointing"
+        ):
             self.vision.visual.set_grad_checkpointing(True)

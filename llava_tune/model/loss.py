@@ -70,4 +70,5 @@ def supervised_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """
     targets = labels[:, 1:]
     mask = targets != IGNORE_INDEX
-    return _ChunkedCrossEntropy.apply(hidden[:, :-1][mask], weight, targets[mask])  # type: ignore[no-any-return]
+    total: Tensor = _ChunkedCrossEntropy.apply(hidden[:, :-1][mask], weight, targets[mask])
+    return total

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import importlib.metadata
 import importlib.util
 import json
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 from llava_tune.config import VisionTower
 from llava_tune.errors import InputError
+from llava_tune.paths import cache_folder, write_whole
 
 
 def vision_config(vision: VisionTower) -> dict[str, Any]:
@@ -18,10 +21,7 @@ def vision_config(vision: VisionTower) -> dict[str, Any]:
     Raises:
         InputError: no such model in open_clip and no such file; or OpenAI's weights with the wrong activation.
     """
-    if vision.name.endswith(".json"):
-        config = _read(Path(vision.name))
-    else:
-        config = _read(_shipped(vision.name))
+    config = _read(Path(vision.name) if vision.name.endswith(".json") else _shipped(vision.name))
     _check_quick_gelu(vision, config)
     return config
 
@@ -41,15 +41,15 @@ def image_tokens(vision: VisionTower) -> int:
     config = vision_config(vision)
     cfg = config["vision_cfg"]
     if cfg.get("timm_model_name"):
-        from llava_tune.model.vision import count_tokens
-
-        return count_tokens(vision)
+        return _count_tokens(vision, config)
     size = cfg.get("image_size", 224)
     patch = cfg.get("patch_size", 16)
     sizes = size if isinstance(size, (list, tuple)) else [size, size]
     patches = patch if isinstance(patch, (list, tuple)) else [patch, patch]
     if isinstance(cfg.get("layers"), (list, tuple)):
-        raise InputError(f"model.vision.name {vision.name}: a CLIP ResNet has no patch tokens; choose a ViT, such as ViT-L-14-336")
+        raise InputError(
+            f"model.vision.name {vision.name}: a CLIP ResNet has no patch tokens; choose a ViT, such as ViT-L-14-336"
+        )
     for s, p in zip(sizes, patches, strict=True):
         if s % p:
             raise InputError(
@@ -57,6 +57,19 @@ def image_tokens(vision: VisionTower) -> int:
                 f"Use {s // p * p or p} or {(s // p + 1) * p}"
             )
     return (sizes[0] // patches[0]) * (sizes[1] // patches[1])
+
+
+def _count_tokens(vision: VisionTower, config: dict[str, Any]) -> int:
+    """For timm's models, whose shape no config states: counted by building one, and kept in the cache."""
+    key = json.dumps([config, vision.feature_layer, importlib.metadata.version("timm")], sort_keys=True)
+    known = cache_folder() / "image_tokens" / hashlib.sha256(key.encode()).hexdigest()[:24]
+    if known.is_file():
+        return int(known.read_text())
+    from llava_tune.model.vision import count_tokens
+
+    tokens = count_tokens(vision)
+    write_whole(known, str(tokens))
+    return tokens
 
 
 def _shipped(name: str) -> Path:
@@ -83,7 +96,9 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"model.vision.name {path}: not valid JSON: {error}") from error
     if not isinstance(config, dict) or not {"embed_dim", "vision_cfg"} <= set(config):
-        raise InputError(f"model.vision.name {path}: expected open_clip's model config with 'embed_dim' and 'vision_cfg'")
+        raise InputError(
+            f"model.vision.name {path}: expected open_clip's model config with 'embed_dim' and 'vision_cfg'"
+        )
     return config
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,9 @@ class VisionEncoder(nn.Module):
         try:
             body.prune_intermediate_layers([feature_layer], prune_norm=True, prune_head=True)
         except (AssertionError, IndexError, ValueError) as error:
-            raise InputError(f"model.vision.feature_layer {feature_layer}: the tower has no such layer ({error})") from error
+            raise InputError(
+                f"model.vision.feature_layer {feature_layer}: the tower has no such layer ({error})"
+            ) from error
         if self.is_timm:
             self.visual.head = nn.Identity()
 
@@ -59,7 +61,7 @@ def _build_visual(config: dict[str, Any]) -> nn.Module:
     visual: Any = open_clip.model._build_vision_tower(config["embed_dim"], cfg, config.get("quick_gelu", False))
     if cfg.timm_model_name and hasattr(visual.trunk, "set_input_size"):
         visual.trunk.set_input_size(visual.image_size)
-    return visual  # type: ignore[no-any-return]
+    return cast(nn.Module, visual)
 
 
 def build_vision(vision: VisionTower) -> VisionEncoder:
@@ -72,7 +74,9 @@ def build_vision(vision: VisionTower) -> VisionEncoder:
     visual = _build_visual(config)
     if vision.pretrained is not None:
         _load(visual, vision, config)
-    return VisionEncoder(visual, bool(config["vision_cfg"].get("timm_model_name")), vision.feature_layer, image_size(config))
+    return VisionEncoder(
+        visual, bool(config["vision_cfg"].get("timm_model_name")), vision.feature_layer, image_size(config)
+    )
 
 
 def count_tokens(vision: VisionTower) -> int:
@@ -115,7 +119,7 @@ def _from_open_clip(vision: VisionTower) -> dict[str, Tensor]:
                 f"{vision.name}. Its tags: {', '.join(known) or 'none'}"
             )
         path = Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(vision.name, tag)))
-    return load_state_dict(str(path), weights_only=True)  # type: ignore[no-any-return]
+    return cast(dict[str, Tensor], load_state_dict(str(path), weights_only=True))
 
 
 def _model_type(folder: Path) -> str:
@@ -141,7 +145,9 @@ def _from_hugging_face(folder: Path, vision: VisionTower, config: dict[str, Any]
             f"model.vision: {vision.name} has (image_size, patch_size, width, layers) {expected}, the weights in {folder} "
             f"have {shape}"
         )
-    theirs = {k.removeprefix("vision_model."): v for k, v in CLIPVisionModel.from_pretrained(folder).state_dict().items()}
+    theirs = {
+        k.removeprefix("vision_model."): v for k, v in CLIPVisionModel.from_pretrained(folder).state_dict().items()
+    }
     return rename_clip(theirs, hf.num_hidden_layers, cfg.get("width", 768), config["embed_dim"])
 
 

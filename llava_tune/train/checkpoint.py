@@ -54,11 +54,18 @@ def check_resume(checkpoint: Path, run: Run, data_fingerprint: dict[str, Any]) -
     Raises:
         InputError: the checkpoint was made by a run that this one can't go on with; names each field and both values.
     """
-    then, now = _decisive(json.loads((checkpoint / RUN_CONFIG).read_text())), _decisive(json.loads(json.dumps(asdict(run))))
-    differing = [f"{k}: the checkpoint has {then.get(k)}, the config says {now.get(k)}" for k in now if then.get(k) != now[k]]
+    then, now = (
+        _decisive(json.loads((checkpoint / RUN_CONFIG).read_text())),
+        _decisive(json.loads(json.dumps(asdict(run)))),
+    )
+    differing = [
+        f"{k}: the checkpoint has {then.get(k)}, the config says {now.get(k)}" for k in now if then.get(k) != now[k]
+    ]
     known = json.loads((checkpoint / DATA_FINGERPRINT).read_text())
     differing += [
-        f"data {k}: the checkpoint has {known.get(k)}, the store has {v}" for k, v in data_fingerprint.items() if known.get(k) != v
+        f"data {k}: the checkpoint has {known.get(k)}, the store has {v}"
+        for k, v in data_fingerprint.items()
+        if known.get(k) != v
     ]
     if differing:
         raise InputError(
@@ -109,5 +116,9 @@ def clear_staging(work_dir: Path) -> None:
 
 def barrier() -> None:
     """Wait for the other ranks, if there are any."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
         torch.distributed.barrier()

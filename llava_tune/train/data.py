@@ -23,7 +23,9 @@ def cached_store(plan: Plan) -> Path:
     if plan.source is None:
         raise InputError("dataset.data_path is not set")
     if not plan.source.is_file():
-        raise InputError(f"data_path {plan.source}: no such file. Expected a LLaVA JSON (one array of records) or JSONL file")
+        raise InputError(
+            f"data_path {plan.source}: no such file. Expected a LLaVA JSON (one array of records) or JSONL file"
+        )
     stat = plan.source.stat()
     key = [asdict(plan.spec), str(plan.source.resolve()), stat.st_size, stat.st_mtime_ns]
     return cache_folder() / "datasets" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
@@ -72,7 +74,11 @@ def _prepare(plan: Plan, folder: Path) -> None:
     done = prepare_plan(plan, folder, report=report)
     folder.with_suffix(".progress").unlink(missing_ok=True)
     seconds = time.monotonic() - started
-    print(f"prepared {done.samples:,} samples in {seconds:.1f} s, {done.left_out:,} left out: {folder}", file=sys.stderr, flush=True)
+    print(
+        f"prepared {done.samples:,} samples in {seconds:.1f} s, {done.left_out:,} left out: {folder}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _progress(folder: Path) -> str:
@@ -80,4 +86,3 @@ def _progress(folder: Path) -> str:
         return folder.with_suffix(".progress").read_text()
     except OSError:
         return ""
-

@@ -24,7 +24,9 @@ def relaunch_under_torchrun(arguments: list[str]) -> None:
         return
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", count]
     options = {"NNODES": "--nnodes", "NODE_RANK": "--node-rank", "ADDR": "--master-addr", "PORT": "--master-port"}
-    given = [part for variable, flag in options.items() if (value := os.environ.get(variable)) for part in (flag, value)]
+    given = [
+        part for variable, flag in options.items() if (value := os.environ.get(variable)) for part in (flag, value)
+    ]
     if not given:
         given = ["--standalone"]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(1, int(count)))))
@@ -46,7 +48,9 @@ def set_rank_variables(launcher: Launcher, deepspeed: bool) -> None:
         )
     elif deepspeed and "RANK" not in os.environ:
         # One process: DeepSpeed asks for MPI unless all of these are set.
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        os.environ.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+        )
 
 
 def _free_port() -> int:
@@ -67,7 +71,9 @@ def _from_slurm() -> None:
     env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
     env.setdefault("LOCAL_WORLD_SIZE", env.get("SLURM_NTASKS_PER_NODE", "1"))
     env.setdefault("MASTER_ADDR", _slurm_master())
-    env.setdefault("MASTER_PORT", str(20000 + (int(env["SLURM_JOB_ID"]) * 7 + int(env.get("SLURM_STEP_ID", "0"))) % 20000))
+    env.setdefault(
+        "MASTER_PORT", str(20000 + (int(env["SLURM_JOB_ID"]) * 7 + int(env.get("SLURM_STEP_ID", "0"))) % 20000)
+    )
 
 
 def _slurm_master() -> str:
@@ -86,7 +92,9 @@ def _scontrol(*arguments: str) -> str:
     try:
         return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
-        raise InputError(f"--launcher slurm: scontrol {' '.join(arguments)} failed ({error}). Set MASTER_ADDR yourself") from error
+        raise InputError(
+            f"--launcher slurm: scontrol {' '.join(arguments)} failed ({error}). Set MASTER_ADDR yourself"
+        ) from error
 
 
 def rank() -> int:
@@ -132,8 +140,12 @@ def _require_deepspeed() -> None:
 
     if importlib.util.find_spec("deepspeed") is None:
         raise missing_package("deepspeed", "deepspeed", "--deepspeed")
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # ninja of this environment
+    os.environ["PATH"] = (
+        f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # ninja of this environment
+    )
     if shutil.which("ninja") is None:
         raise missing_package("ninja", "deepspeed", "--deepspeed compiles its parts, which")
     if shutil.which("g++") is None and shutil.which("c++") is None:
-        raise InputError("--deepspeed compiles its parts when first used, which needs a C++ compiler. Run: apt-get install g++")
+        raise InputError(
+            "--deepspeed compiles its parts when first used, which needs a C++ compiler. Run: apt-get install g++"
+        )

@@ -35,4 +35,6 @@ def parameter_groups(llava: Llava, config: Optimizer) -> list[dict[str, Any]]:
 
 def build_optimizer(llava: Llava, config: Optimizer) -> torch.optim.AdamW:
     """AdamW (arXiv:1711.05101) over `parameter_groups`."""
-    return torch.optim.AdamW(parameter_groups(llava, config), lr=config.learning_rate, betas=config.betas, eps=config.eps)
+    return torch.optim.AdamW(
+        parameter_groups(llava, config), lr=config.learning_rate, betas=config.betas, eps=config.eps
+    )

@@ -103,4 +103,3 @@ def total_steps(run: Run, samples: int) -> int:
     if run.training.max_steps:
         return run.training.max_steps
     return math.ceil(run.training.epochs * math.ceil(samples / run.training.global_batch_size))
-

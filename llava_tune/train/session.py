@@ -153,13 +153,15 @@ def _trainer(
 def _announce(
     run: Run, llava: Llava, dataset: LlavaDataset, order: BatchOrder, work_dir: Path, checkpoint: Path | None
 ) -> None:
-    sizes = {}
+    sizes: dict[str, list[int]] = {}
     for name, parameter in llava.named_parameters():
         part = sizes.setdefault(name.split(".", 1)[0], [0, 0])
         count = int(getattr(parameter, "ds_numel", parameter.numel()))
         part[0] += count
         part[1] += count if parameter.requires_grad else 0
-    parts = ", ".join(f"{name} {total / 1e6:,.1f}M ({trained / 1e6:,.1f}M trained)" for name, (total, trained) in sizes.items())
+    parts = ", ".join(
+        f"{name} {total / 1e6:,.1f}M ({trained / 1e6:,.1f}M trained)" for name, (total, trained) in sizes.items()
+    )
     lines = [
         f"model: {parts}",
         f"data: {len(dataset):,} samples, {int(dataset.lengths.sum(dtype='int64')):,} tokens",
@@ -172,8 +174,13 @@ def _announce(
 
 def _finish(dataset: LlavaDataset, work_dir: Path) -> None:
     curve = draw_loss_curve(work_dir)
-    print(f"done: {checkpoints(work_dir)[-1]}" + (f", loss curve: {curve}" if curve else ""), file=sys.stderr, flush=True)
+    print(
+        f"done: {checkpoints(work_dir)[-1]}" + (f", loss curve: {curve}" if curve else ""), file=sys.stderr, flush=True
+    )
     bad = dataset.quarantine.entries() if dataset.quarantine else []
     if bad:
-        print(f"{len(bad)} image(s) could not be used and gave no loss: {work_dir / 'quarantine.jsonl'}", file=sys.stderr, flush=True)
-
+        print(
+            f"{len(bad)} image(s) could not be used and gave no loss: {work_dir / 'quarantine.jsonl'}",
+            file=sys.stderr,
+            flush=True,
+        )

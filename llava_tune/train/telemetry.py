@@ -38,7 +38,13 @@ class Telemetry(TrainerCallback):
     """
 
     def __init__(
-        self, work_dir: Path, dataset: LlavaDataset, max_bad_share: float, start_step: int, order: BatchOrder, main: bool
+        self,
+        work_dir: Path,
+        dataset: LlavaDataset,
+        max_bad_share: float,
+        start_step: int,
+        order: BatchOrder,
+        main: bool,
     ) -> None:
         self.path = work_dir / "metrics.jsonl"
         self.dataset, self.max_bad_share = dataset, max_bad_share
@@ -59,7 +65,13 @@ class Telemetry(TrainerCallback):
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+            columns = (
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}"),
+            )
             self._bar = Progress(*columns, console=Console(stderr=True))
             self._task = self._bar.add_task("", total=self.total_steps, completed=state.global_step, text="")
             self._bar.start()
@@ -131,7 +143,9 @@ class Telemetry(TrainerCallback):
         elif time.monotonic() - self._said > _LINE_SECONDS or row["step"] == self.total_steps:
             self._said = time.monotonic()
             left = (self.total_steps - row["step"]) * step_seconds
-            print(f"step {row['step']}/{self.total_steps}: {text}, about {left:,.0f} s left", file=sys.stderr, flush=True)
+            print(
+                f"step {row['step']}/{self.total_steps}: {text}, about {left:,.0f} s left", file=sys.stderr, flush=True
+            )
 
 
 def _peak_memory() -> float:

@@ -51,6 +51,7 @@ class LlavaTrainer(Trainer):
         self.tokenizer = tokenizer
         self.order = order
         self.data_fingerprint = data_fingerprint
+        self.work_dir = Path(str(kwargs["args"].output_dir))
         self.data_seconds = 0.0
         self.tokens = torch.zeros(3, dtype=torch.int64)  # tokens, supervised tokens, slots
 
@@ -68,7 +69,7 @@ class LlavaTrainer(Trainer):
 
         return WholeRun(
             self.train_dataset,  # type: ignore[arg-type]
-            batch_sampler=order,  # type: ignore[arg-type]
+            batch_sampler=order,
             collate_fn=self.data_collator,
             num_workers=workers,
             prefetch_factor=4 if workers else None,
@@ -97,14 +98,13 @@ class LlavaTrainer(Trainer):
     # -- checkpoints --
 
     def _get_output_dir(self, trial: Any) -> str:
-        output: Path = Path(self.args.output_dir)
-        return str(output / STAGING if self._saving else output)
+        return str(self.work_dir / STAGING if self._saving else self.work_dir)
 
     _saving = False
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Every rank writes its part into a folder beside; when all have, it gets its name."""
-        work_dir = Path(self.args.output_dir)
+        work_dir = self.work_dir
         name = f"checkpoint-{self.state.global_step}"
         staged, final = work_dir / STAGING / name, work_dir / name
         if self.args.should_save:
@@ -131,7 +131,7 @@ class LlavaTrainer(Trainer):
             return
         from safetensors.torch import save_file
 
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir) if output_dir else self.work_dir
         folder.mkdir(parents=True, exist_ok=True)
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
         self.tokenizer.save_pretrained(folder / LLM_FOLDER)
@@ -142,7 +142,8 @@ class LlavaTrainer(Trainer):
         if not self.is_deepspeed_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        engine: Any = self.model_wrapped
+        engine.save_checkpoint(output_dir, exclude_frozen_parameters=True)
         if self.args.should_save:
             scheduler: Any = self.lr_scheduler
             torch.save(scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
@@ -156,6 +157,7 @@ class LlavaTrainer(Trainer):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         # The base class would ask for every weight; frozen ones aren't in a checkpoint.
-        self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
+        engine: Any = self.model_wrapped
+        engine.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
         return prepared

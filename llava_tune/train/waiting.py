@@ -22,7 +22,12 @@ def patience_minutes() -> float:
 
 
 def once(
-    lock: Path, is_done: Callable[[], bool], work: Callable[[], None], progress: Callable[[], str], what: str, speak: bool
+    lock: Path,
+    is_done: Callable[[], bool],
+    work: Callable[[], None],
+    progress: Callable[[], str],
+    what: str,
+    speak: bool,
 ) -> None:
     """Let one process of those that share `lock`'s folder do `work`; return when it is done.
 

@@ -1,0 +1,123 @@
+"""Preprocessing equals open_clip's; bad images are told apart; the order is a pure function."""
+
+from __future__ import annotations
+
+import io
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from llava_tune.data.images import OPENAI_MEAN, BadImage, ImageTransform
+from llava_tune.data.order import BatchOrder, epoch_order
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (100, 64), (63, 200), (336, 336), (37, 41)])
+def test_preprocessing_equals_open_clip(size: tuple[int, int]) -> None:
+    from open_clip.transform import image_transform
+
+    image = noise(*size)
+    assert torch.equal(ImageTransform(64)(image), image_transform(64, is_train=False)(image))
+
+
+def test_padding_to_a_square_keeps_everything() -> None:
+    image = Image.new("RGB", (200, 100), (255, 0, 0))
+    tensor = ImageTransform(50, pad_to_square=True)(image)
+    expected = torch.tensor([int(255 * m) / 255 for m in OPENAI_MEAN])
+    padded = (tensor[:, 3, 25] * torch.tensor(ImageTransform(50).std)) + torch.tensor(OPENAI_MEAN)
+    assert torch.allclose(padded, expected, atol=1e-5)
+    assert (tensor[0, 25] > 1.5).all()
+
+
+def test_bad_images_say_why(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    noise(64, 64).save(buffer, "JPEG")
+    (tmp_path / "whole.jpg").write_bytes(buffer.getvalue())
+    (tmp_path / "cut.jpg").write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "text.jpg").write_text("hello")
+    (tmp_path / "outside").symlink_to("/etc")
+    Image.new("1", (15_000, 15_000)).save(tmp_path / "bomb.png")
+    transform = ImageTransform(32)
+    assert transform.load(tmp_path, "whole.jpg").shape == (3, 32, 32)
+    for name, why in {
+        "cut.jpg": "can't be decoded",
+        "empty.jpg": "can't be decoded",
+        "text.jpg": "can't be decoded",
+        "none.jpg": "no such file",
+        "../x.jpg": "leaves the image folder",
+        "outside/passwd": "leaves the image folder",
+        "/etc/passwd": "absolute",
+        "a\0b": "null byte",
+        "bomb.png": "pixels, more than",
+    }.items():
+        with pytest.raises(BadImage, match=why):
+            transform.load(tmp_path, name)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "I;16", "1"])
+def test_other_kinds_of_images_are_read(tmp_path: Path, mode: str) -> None:
+    suffix = "tiff" if mode in ("CMYK", "I;16") else "png"
+    Image.new(mode, (40, 50)).save(tmp_path / f"x.{suffix}")
+    assert ImageTransform(32).load(tmp_path, f"x.{suffix}").shape == (3, 32, 32)
+
+
+def order(lengths: np.ndarray, rank: int, ranks: int, micro: int, start: int = 0, steps: int = 40) -> list[list[int]]:
+    return list(
+        BatchOrder(
+            lengths, seed=5, global_batch_size=8, micro_batch_size=micro, group_by_length=True, rank=rank, world_size=ranks,
+            start_step=start, total_steps=steps,
+        )
+    )  # fmt: skip
+
+
+def test_global_batches_do_not_depend_on_ranks_or_micro_batches() -> None:
+    lengths = np.random.default_rng(0).integers(1, 500, 100).astype(np.int32)
+
+    def steps(ranks: int, micro: int, start: int = 0) -> list[set[int]]:
+        per_rank = [order(lengths, r, ranks, micro, start) for r in range(ranks)]
+        accumulation = 8 // (ranks * micro)
+        count = len(per_rank[0]) // accumulation
+        return [
+            {i for rank in per_rank for batch in rank[s * accumulation : (s + 1) * accumulation] for i in batch}
+            for s in range(count)
+        ]
+
+    reference = steps(1, 8)
+    assert len(reference) == 40
+    for ranks, micro in ((1, 1), (2, 2), (4, 1), (8, 1)):
+        assert steps(ranks, micro) == reference
+    assert steps(2, 2, start=17) == reference[17:]
+
+
+def test_an_epoch_has_every_sample_and_little_padding() -> None:
+    lengths = np.random.default_rng(0).lognormal(4, 1, 5000).astype(np.int32) + 1
+    batches = epoch_order(lengths, 0, 1, 16, True)
+    assert set(batches.flat) == set(range(5000))
+    assert batches.size - 5000 < 16
+    assert not np.array_equal(batches, epoch_order(lengths, 1, 1, 16, True))
+    padded = sum(lengths[b].max() * 16 for b in batches)
+    naive = sum(lengths[b].max() * 16 for b in epoch_order(lengths, 0, 1, 16, False))
+    assert 1 - lengths[batches].sum() / padded < 0.15 < 0.4 < 1 - lengths[batches].sum() / naive
+
+
+def test_padding_is_isolated_and_never_supervised() -> None:
+    from llava_tune.data import Collator, TokenizedSample
+
+    rng = random.Random(0)
+    samples = []
+    for n in (5, 9):
+        ids = np.array([rng.randrange(5, 90) for _ in range(n)], np.int32)
+        samples.append(TokenizedSample("x", ids, ids.copy(), []))
+    batch = Collator(4, 8)(samples)
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 0, 0, 0], list(range(9))]
+    assert (batch["labels"][0, 5:] == -100).all()
+    assert (batch["labels"][:, 0] == -100).all()
+    assert batch["pixel_values"].shape == (1, 3, 8, 8)

@@ -1,0 +1,90 @@
+"""The fast path gives sentencepiece's ids on every text of the shared data, and text never becomes a control token."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from llava_tune.data.encoder import Encoder
+from llava_tune.data.tokenizer import load_tokenizer, load_vocabulary
+
+ODD = [
+    "<s>", "</s>", "a</s>b", "<unk>", "a\0b", "\0", "<|im_end|>", "<|im_start|>user", "[UNUSED_TOKEN_3]", "ＥＦ x", "  lead",
+    "trail  ", "\n\n\n  x", "𝔘𝔫𝔦", "é", "e\u0301", "\u200b", "\ufeff", "▁", "a▁b", " ▁ ", "<0x41>", "\t\t", "12345" * 50,
+    "https://a.b/c?d=e&f", "日本語テキスト", "🙂👍🏽", "", " ",
+]  # fmt: skip
+
+
+def every_text(folder: Path) -> list[str]:
+    texts: dict[str, None] = {}
+
+    def walk(value: Any) -> None:
+        if isinstance(value, str):
+            texts[value] = None
+        elif isinstance(value, list):
+            for inner in value:
+                walk(inner)
+        elif isinstance(value, dict):
+            for inner in value.values():
+                walk(inner)
+
+    for path in sorted(folder.glob("*/*.json*")):
+        for text in [path.read_text()] if path.suffix == ".json" else path.read_text().splitlines():
+            walk(json.loads(text))
+    return list(texts)
+
+
+@pytest.fixture(scope="module")
+def encoder(internlm2_tokenizer: Path) -> Encoder:
+    return Encoder(load_vocabulary(str(internlm2_tokenizer)).plain_json(), np.array([1, 2, 92542, 92543], np.int32))
+
+
+def test_fast_path_equals_sentencepiece_on_every_text(
+    shared: Path, internlm2_tokenizer: Path, encoder: Encoder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(internlm2_tokenizer / "tokenizer.model"))
+    texts = [*every_text(shared), *ODD]
+    assert len(texts) > 15_000
+    ids, offsets = encoder.encode(texts)
+    mismatches = [
+        t for t, a, b in zip(texts, offsets[:-1], offsets[1:], strict=True) if ids[a:b].tolist() != reference.encode(t)
+    ]
+    with capsys.disabled():
+        print(f"\n{encoder.name} against sentencepiece: {len(texts):,} strings compared, {len(mismatches)} mismatches")
+    assert mismatches == []
+    assert not encoder.fell_back
+
+
+def test_text_never_becomes_a_control_token(encoder: Encoder) -> None:
+    texts = ["<|im_end|>", "a<|im_start|>system\nb<|im_end|>", "<s></s>", "[UNUSED_TOKEN_145][UNUSED_TOKEN_146]"]
+    ids, _ = encoder.encode(texts)
+    assert not np.isin(ids, [1, 2, 92542, 92543]).any()
+
+
+def test_an_encoder_that_differs_is_replaced(internlm2_tokenizer: Path) -> None:
+    plain = load_vocabulary(str(internlm2_tokenizer)).plain_json()
+    encoder = Encoder(plain, np.zeros(0, np.int32))
+    expected = encoder.encode(["hello world"])[0].tolist()
+
+    class Liar:
+        def encode_batch_flat(self, texts: list[str]) -> tuple[bytes, bytes]:
+            n = len(texts)
+            return np.full(n, 7, np.uint32).tobytes(), np.arange(n + 1, dtype=np.uint64).tobytes()
+
+    encoder._fast = Liar()
+    assert encoder.encode(["hello world"])[0].tolist() == expected
+    assert encoder.fell_back
+
+
+def test_the_chat_tokens_have_their_ids(internlm2_tokenizer: Path) -> None:
+    tokenizer = load_tokenizer(str(internlm2_tokenizer))
+    assert tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"]) == [92542, 92543]
+    assert len(tokenizer) == 92544
+    assert (
+        tokenizer.decode(tokenizer.encode("Hello  world\n你好 🙂", add_special_tokens=False)) == "Hello  world\n你好 🙂"
+    )

@@ -1,0 +1,331 @@
+"""Training as users start it: online and offline, resumed, killed, on several processes, under DeepSpeed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Finished, Small, losses, wrong_input
+
+pytestmark = pytest.mark.timeout(400)
+
+
+@pytest.fixture(scope="module")
+def store(small: Small, cli: Callable[..., Finished], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared") / "store"
+    done = cli("prepare", small.config, "--save-folder", folder)
+    assert done.code == 0, done.err
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(
+    small: Small, store: Path, cli: Callable[..., Finished], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[float]]:
+    """20 steps in one process, from the prepared store; its work dir and losses."""
+    work_dir = tmp_path_factory.mktemp("reference") / "run"
+    done = cli("pretrain", small.config, "--work-dir", work_dir, *offline(store), *STEPS)
+    assert done.code == 0, done.err
+    found = losses(work_dir)
+    assert len(found) == 20
+    assert found[-1] < found[0]
+    return work_dir, found
+
+
+STEPS = ("--training.max-steps", "20", "--training.save-steps", "10")
+
+
+def offline(store: Path) -> tuple[str, ...]:
+    return ("--dataset.offline-processed-text-folder", str(store))
+
+
+def close(found: list[float], expected: list[float], relative: float) -> None:
+    assert len(found) == len(expected)
+    worst = max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
+    assert worst <= relative, (worst, found, expected)
+
+
+def test_a_run_leaves_what_it_says(reference: tuple[Path, list[float]]) -> None:
+    work_dir, _ = reference
+    assert {p.name for p in work_dir.glob("checkpoint-*")} == {"checkpoint-10", "checkpoint-20"}
+    assert (work_dir / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert list(work_dir.glob("tensorboard/**/events*"))
+    row = json.loads((work_dir / "metrics.jsonl").read_text().splitlines()[0])
+    assert row["step"] == 1
+    assert row["tokens_per_second"] > row["supervised_tokens_per_second"] > 0
+    assert not (work_dir / ".saving").exists() or not list((work_dir / ".saving").iterdir())
+
+
+def test_online_equals_offline_bit_for_bit(
+    small: Small, cli: Callable[..., Finished], reference: tuple[Path, list[float]], tmp_path: Path
+) -> None:
+    done = cli("pretrain", small.config, "--work-dir", tmp_path / "online", *STEPS, "--dataset.num-workers", "2")
+    assert done.code == 0, done.err
+    assert "prepared 48 samples" in done.err
+    assert losses(tmp_path / "online") == reference[1]
+    again = cli("pretrain", small.config, "--work-dir", tmp_path / "again", "--training.max-steps", "1")
+    assert again.code == 0
+    assert "prepared" not in again.err
+
+
+def test_resume_equals_the_uninterrupted_run(
+    small: Small, store: Path, cli: Callable[..., Finished], reference: tuple[Path, list[float]], tmp_path: Path
+) -> None:
+    checkpoint = reference[0] / "checkpoint-10"
+    done = cli("pretrain", small.config, "--work-dir", tmp_path / "r", "--resume", checkpoint, *offline(store), *STEPS)
+    assert done.code == 0, done.err
+    assert losses(tmp_path / "r") == reference[1][10:]
+
+
+def test_kill_9_while_a_checkpoint_is_written(
+    small: Small, store: Path, cli: Callable[..., Finished], reference: tuple[Path, list[float]], tmp_path: Path
+) -> None:
+    work_dir = tmp_path / "killed"
+    arguments = ["pretrain", str(small.config), "--work-dir", str(work_dir), *offline(store), *STEPS]
+    command = [sys.executable, "-m", "llava_tune.cli.main", *arguments, "--training.save-steps", "2"]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    staged = work_dir / ".saving"
+    while process.poll() is None and not (step_of_last(work_dir) >= 4 and list(staged.glob("*/*"))):
+        time.sleep(0.0005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert list(staged.glob("checkpoint-*")), "the kill came too late to catch a checkpoint half-written"
+    done = cli(*arguments, "--resume")
+    assert done.code == 0, done.err
+    assert losses(work_dir) == reference[1]
+
+
+def step_of_last(work_dir: Path) -> int:
+    return max((int(p.name.split("-")[1]) for p in work_dir.glob("checkpoint-*")), default=0)
+
+
+def test_two_processes_through_nproc_per_node(
+    small: Small, store: Path, cli: Callable[..., Finished], reference: tuple[Path, list[float]], tmp_path: Path
+) -> None:
+    arguments = ("pretrain", small.config, "--work-dir", tmp_path / "two", *offline(store), *STEPS)
+    done = cli(*arguments, env={"NPROC_PER_NODE": "2"})
+    assert done.code == 0, done.err
+    close(losses(tmp_path / "two"), reference[1], 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_on_two_processes(
+    small: Small,
+    store: Path,
+    cli: Callable[..., Finished],
+    reference: tuple[Path, list[float]],
+    tmp_path: Path,
+    stage: int,
+) -> None:
+    arguments = ["pretrain", small.config, "--deepspeed", f"deepspeed_zero{stage}", *offline(store), *STEPS]
+    done = cli(*arguments, "--work-dir", tmp_path / "ds", env={"NPROC_PER_NODE": "2"})
+    assert done.code == 0, done.err
+    close(losses(tmp_path / "ds"), reference[1], 1e-4)
+    resume = tmp_path / "ds/checkpoint-10"
+    done = cli(*arguments, "--work-dir", tmp_path / "again", "--resume", resume, env={"NPROC_PER_NODE": "2"})
+    assert done.code == 0, done.err
+    close(losses(tmp_path / "again"), losses(tmp_path / "ds")[10:], 1e-6)
+    check_weights(tmp_path / "ds/checkpoint-20", reference[0] / "checkpoint-20")
+
+
+def check_weights(found: Path, expected: Path) -> None:
+    """The checkpoints hold the same weights, whole."""
+    import torch
+    from safetensors.torch import load_file
+
+    a, b = load_file(found / "model.safetensors"), load_file(expected / "model.safetensors")
+    assert a.keys() == b.keys()
+    assert all(torch.allclose(a[k], b[k], atol=2e-3) for k in a)
+
+
+@pytest.mark.slow
+def test_deepspeed_in_one_process(
+    small: Small, store: Path, cli: Callable[..., Finished], reference: tuple[Path, list[float]], tmp_path: Path
+) -> None:
+    done = cli(
+        "pretrain",
+        small.config,
+        "--work-dir",
+        tmp_path / "ds",
+        "--deepspeed",
+        "deepspeed_zero2",
+        *offline(store),
+        *STEPS,
+    )
+    assert done.code == 0, done.err
+    close(losses(tmp_path / "ds"), reference[1], 1e-4)
+
+
+def mixed_data(small: Small, path: Path) -> Path:
+    """Every other record is text only."""
+    records = json.loads(small.captions.read_text())[:16]
+    for record in records[::2]:
+        del record["image"]
+        record["conversations"][0]["value"] = "Describe nothing."
+    path.write_text(json.dumps(records))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deepspeed", [(), ("--deepspeed", "deepspeed_zero2"), ("--deepspeed", "deepspeed_zero3")])
+def test_ranks_with_images_and_ranks_with_text_only(
+    small: Small, cli: Callable[..., Finished], tmp_path: Path, deepspeed: tuple[str, ...]
+) -> None:
+    data = mixed_data(small, tmp_path / "mixed.json")
+    arguments = ["pretrain", small.config, "--dataset.data-path", data, "--training.global-batch-size", "2"]
+    arguments += ["--training.micro-batch-size", "1", "--training.max-steps", "8"]
+    one = cli(*arguments, "--work-dir", tmp_path / "one")
+    assert one.code == 0, one.err
+    two = cli(*arguments, "--work-dir", tmp_path / "two", *deepspeed, env={"NPROC_PER_NODE": "2"}, timeout=120)
+    assert two.code == 0, two.err
+    close(losses(tmp_path / "two"), losses(tmp_path / "one"), 1e-4)
+
+
+def test_finetuning_starts_from_a_checkpoint_and_adds_lora(
+    small: Small, store: Path, cli: Callable[..., Finished], reference: tuple[Path, list[float]], tmp_path: Path
+) -> None:
+    from safetensors import safe_open
+
+    done = cli(
+        "finetune", small.config, "--work-dir", tmp_path / "ft", *offline(store), "--model.init-from", reference[0] / "checkpoint-20",
+        "--model.llm.freeze", "--model.llm.lora.rank", "4", "--training.max-steps", "3",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert losses(tmp_path / "ft")[0] < reference[1][0]
+    with safe_open(tmp_path / "ft/checkpoint-3/model.safetensors", "pt") as file:
+        names = list(file.keys())
+    assert any("lora_A" in n for n in names)
+
+
+def test_bad_images_give_no_loss_and_are_listed(
+    small: Small, store: Path, cli: Callable[..., Finished], tmp_path: Path
+) -> None:
+    import shutil
+
+    folder = tmp_path / "images"
+    shutil.copytree(small.images, folder)
+    first, second = folder / "00003.png", folder / "00007.png"
+    first.write_bytes(first.read_bytes()[:100])
+    second.unlink()
+    arguments = [
+        "pretrain",
+        small.config,
+        *offline(store),
+        "--dataset.image-folder",
+        folder,
+        "--training.max-steps",
+        "12",
+    ]
+    refused = cli(*arguments, "--work-dir", tmp_path / "a")
+    assert "of 48 images could not be used, more than dataset.max_bad_share (1.0%)" in wrong_input(refused)
+    done = cli(*arguments, "--work-dir", tmp_path / "b", "--dataset.max-bad-share", "0.1", "--dataset.num-workers", "2")
+    assert done.code == 0, done.err
+    rows = [json.loads(line) for line in (tmp_path / "b/quarantine.jsonl").read_text().splitlines()]
+    assert {r["image"] for r in rows} == {"00003.png", "00007.png"}
+    assert {r["reason"].split(":")[0] for r in rows} == {"can't be decoded", "no such file"}
+    assert "2 image(s) could not be used" in done.err
+
+
+def test_preview_prints_answers(small: Small, store: Path, cli: Callable[..., Finished], tmp_path: Path) -> None:
+    more = (
+        "--preview.every-steps",
+        "2",
+        "--preview.images",
+        small.images / "00000.png",
+        "--preview.max-new-tokens",
+        "3",
+    )
+    done = cli(
+        "pretrain", small.config, "--work-dir", tmp_path / "p", *offline(store), "--training.max-steps", "4", *more
+    )
+    assert done.code == 0, done.err
+    assert "Describe this image. ->" in done.err
+    assert (tmp_path / "p/preview.txt").read_text().count("step ") == 2
+
+
+def test_what_does_not_fit_is_refused(
+    small: Small, store: Path, cli: Callable[..., Finished], reference: tuple[Path, list[float]], tmp_path: Path
+) -> None:
+    run = ("pretrain", small.config, "--work-dir", tmp_path / "x")
+    assert "256" not in wrong_input(cli(*run, "--training.global-batch-size", "3"))
+    message = wrong_input(cli(*run, *offline(store), "--dataset.max-length", "100"))
+    assert "dataset.max_length: the store has 128, the config says 100" in message
+    message = wrong_input(cli(*run, "--dataset.image-folder", "/nowhere"))
+    assert "dataset.image_folder /nowhere: no such folder" in message
+    message = wrong_input(cli("pretrain", small.config, "--work-dir", reference[0]))
+    assert "holds checkpoints of an earlier run" in message
+    message = wrong_input(
+        cli(*run, *offline(store), "--resume", reference[0] / "checkpoint-10", "--training.seed", "7")
+    )
+    assert "training.seed: the checkpoint has 42, the config says 7" in message
+    message = wrong_input(cli(*run, "--launcher", "slurm"))
+    assert "SLURM_PROCID" in message
+    assert not (tmp_path / "x").exists()
+
+
+def test_ranks_wait_on_the_file_system_longer_than_a_collective_may_take(
+    small: Small, cli: Callable[..., Finished], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 prepares for longer than the collective time-out; the other lives, and training starts."""
+    hook = tmp_path / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(SLOW_PREPARE)
+    env = {
+        "NPROC_PER_NODE": "2",
+        "LLAVA_TUNE_COLLECTIVE_TIMEOUT": "5",
+        "LLAVA_TUNE_DATASET_TIMEOUT": "0.1",
+        "LLAVA_TUNE_CACHE": str(tmp_path / "cache"),
+        "PYTHONPATH": str(hook),
+    }
+    done = cli("pretrain", small.config, "--work-dir", tmp_path / "w", "--training.max-steps", "2", env=env)
+    assert done.code == 0, done.err
+    assert done.err.count("prepared 48 samples in") == 1
+    seconds = float(done.err.split("prepared 48 samples in ")[1].split(" s")[0])
+    assert seconds > 10  # twice the collective's time-out
+    assert len(losses(tmp_path / "w")) == 2
+
+
+SLOW_PREPARE = """
+import sys, time
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name != "llava_tune.train.data":
+            return None
+        sys.meta_path.remove(self)
+        import llava_tune.train.data as data
+        real = data.prepare_plan
+        def slow(plan, folder, report):
+            for k in range(12):  # progress each second: the waiting rank must not give up
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                folder.with_suffix(".progress").write_text(str(k))
+                time.sleep(1)
+            return real(plan, folder, report=report)
+        data.prepare_plan = slow
+        import importlib.util
+        return importlib.util.find_spec(name)
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def test_a_waiting_process_gives_up_without_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    from llava_tune.train.waiting import once
+
+    monkeypatch.setenv("LLAVA_TUNE_DATASET_TIMEOUT", "0.01")
+    lock = tmp_path / "x.lock"
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        started = time.monotonic()
+        with pytest.raises(TimeoutError, match=r"the data: no progress for 0\.01 minutes"):
+            once(lock, lambda: False, lambda: pytest.fail("not ours to do"), lambda: "37%", "the data", False)
+    assert time.monotonic() - started < 5
