@@ -14,6 +14,10 @@ class InputError(ValueError):
     """
 
 
+class SharedInputError(InputError):
+    """A wrong input that every rank of a run finds alike, so that one of them says it."""
+
+
 def missing_package(package: str, extra: str, why: str) -> InputError:
     """The error for an optional dependency that isn't installed, with the command that installs it."""
     return InputError(

@@ -24,7 +24,7 @@ run = Run(
         max_length=128,
         num_workers=0,
     ),
-    optimizer=Optimizer(learning_rate=7e-4, weight_decay=0.05, warmup_ratio=0.05),
+    optimizer=Optimizer(learning_rate=1e-3, weight_decay=0.05, warmup_ratio=0.05),
     training=Training(global_batch_size=16, micro_batch_size=16, epochs=4, save_steps=100_000, logging_steps=10),
     preview=Preview(
         every_steps=250,

@@ -8,7 +8,7 @@ import os
 import sys
 
 from llava_tune import __version__
-from llava_tune.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RUN_FAILED, InputError
+from llava_tune.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RUN_FAILED, InputError, SharedInputError
 
 VERBS = {
     "list-cfg": ("list_cfg", "[PATTERN]", "list the shipped recipes"),
@@ -58,7 +58,8 @@ def main() -> None:
         verb = importlib.import_module(f"llava_tune.cli.{VERBS[arguments[0]][0]}")
         verb.main(arguments[1:])
     except InputError as error:
-        _complain(str(error))
+        if not isinstance(error, SharedInputError) or os.environ.get("RANK", "0") == "0":
+            _complain(str(error))
         sys.exit(EXIT_BAD_INPUT)
     except TimeoutError as error:
         _complain(str(error))

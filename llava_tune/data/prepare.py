@@ -83,8 +83,8 @@ class Progress:
 Reporter = Callable[[Progress], None]
 
 
-def make_plan(run: Run) -> Plan:
-    """Resolve tokenizer, template and the tokens of an image.
+def make_layout(run: Run) -> tuple[LayoutSpec, str]:
+    """Resolve tokenizer, template and the tokens of an image; with the tokenizer's fingerprint.
 
     Raises:
         InputError: any of them doesn't exist or doesn't fit.
@@ -93,19 +93,29 @@ def make_plan(run: Run) -> Plan:
 
     data = run.dataset
     template = get_template(data.template)
+    vocabulary = load_vocabulary(run.model.llm.tokenizer or run.model.llm.name)
+    patches = image_tokens(run.model.vision)
+    return LayoutSpec.of(vocabulary, template, data.max_length, patches, data.image_position), vocabulary.fingerprint()
+
+
+def make_plan(run: Run) -> Plan:
+    """Resolve what `prepare` needs.
+
+    Raises:
+        InputError: the image folder is missing, or see `make_layout`.
+    """
+    data = run.dataset
     if data.image_folder is not None and not Path(data.image_folder).is_dir():
         raise InputError(
             f"dataset.image_folder {data.image_folder}: no such folder. Records name their images relative to it"
         )
-    vocabulary = load_vocabulary(run.model.llm.tokenizer or run.model.llm.name)
-    patches = image_tokens(run.model.vision)
-    layout = LayoutSpec.of(vocabulary, template, data.max_length, patches, data.image_position)
+    layout, fingerprint = make_layout(run)
     spec = StoreSpec(
-        tokenizer=vocabulary.fingerprint(),
-        template=template.name,
-        template_hash=hashlib.sha256(repr(template).encode()).hexdigest(),
+        tokenizer=fingerprint,
+        template=layout.template.name,
+        template_hash=hashlib.sha256(repr(layout.template).encode()).hexdigest(),
         max_length=data.max_length,
-        image_tokens=patches,
+        image_tokens=layout.image_tokens,
         image_position=data.image_position,
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

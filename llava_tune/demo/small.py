@@ -23,7 +23,7 @@ def texts_of(files: Iterable[Path]) -> list[str]:
 
 
 def write_language_model(
-    folder: Path, texts: list[str], *, vocab_size: int = 512, width: int = 128, layers: int = 2, heads: int = 4
+    folder: Path, texts: list[str], *, vocab_size: int = 512, width: int = 128, layers: int = 3, heads: int = 4
 ) -> None:
     """A folder with a byte-level BPE tokenizer trained on `texts` and a Llama config of that size, without weights."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -57,6 +57,7 @@ def write_language_model(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=False,
+        initializer_range=width**-0.5,  # the default 0.02 suits wide models; a narrow one learns nothing for long with it
     )
     if folder.is_dir():
         return
@@ -65,7 +66,7 @@ def write_language_model(
         config.save_pretrained(beside)
 
 
-def write_vision_tower(path: Path, *, image_size: int = 64, timm_model: str = "test_convnext2") -> None:
+def write_vision_tower(path: Path, *, image_size: int = 64, timm_model: str = "test_mambaout") -> None:
     """An open_clip model config of a small tower: convolutions learn shapes from few images sooner than a plain ViT."""
     config = {
         "embed_dim": 64,

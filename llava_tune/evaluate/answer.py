@@ -11,7 +11,7 @@ from torch import Tensor
 from llava_tune.constants import IMAGE_PLACEHOLDER
 from llava_tune.data.images import ImageTransform, image_transform
 from llava_tune.data.layout import Layout
-from llava_tune.data.prepare import make_plan
+from llava_tune.data.prepare import make_layout
 from llava_tune.data.tokenizer import load_tokenizer
 from llava_tune.model.factory import load_checkpoint
 from llava_tune.model.generate import generate
@@ -31,7 +31,7 @@ class Answerer:
         self.llava = llava.to(device)
         self.run = run
         self.tokenizer: Any = load_tokenizer(run.model.llm.tokenizer or run.model.llm.name)
-        self.layout = Layout(make_plan(run).layout)
+        self.layout = Layout(make_layout(run)[0])
         self.transform: ImageTransform = image_transform(run.model.vision, run.dataset.pad_image_to_square)
 
     def prompt(self, rounds: list[tuple[str, str]], question: str, system: str = "") -> list[int]:

@@ -105,12 +105,12 @@ class Llava(nn.Module):
         """Weights that a checkpoint must hold: trained ones, and all of the components in `keep` (random ones)."""
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         parts = {name.split(".", 1)[0] for name in trained} | keep
-        buffers = {name for name, _ in self.named_buffers()}
-        return {
-            name: value
-            for name, value in self.state_dict().items()
-            if name in trained or name.split(".", 1)[0] in keep or (name in buffers and name.split(".", 1)[0] in parts)
-        }
+        state = self.state_dict()
+        weights = {
+            n for n, _ in self.named_parameters() if n in trained or n.split(".", 1)[0] in keep
+        }  # tied ones once
+        buffers = {n for n, _ in self.named_buffers() if n in state and n.split(".", 1)[0] in parts}
+        return {name: state[name] for name in sorted(weights | buffers)}
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Recompute activations of the language model, and of the vision tower if it is trained."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_tune.config import Run
-from llava_tune.errors import InputError
+from llava_tune.errors import SharedInputError
 from llava_tune.train.launch import Launcher, rank, set_rank_variables, start_process_group, world_size
 
 
@@ -31,7 +31,7 @@ def accumulation_steps(run: Run, ranks: int) -> int:
     training = run.training
     at_once = training.micro_batch_size * ranks
     if training.global_batch_size % at_once:
-        raise InputError(
+        raise SharedInputError(
             f"training.global_batch_size {training.global_batch_size} is not a multiple of {ranks} rank(s) x "
             f"training.micro_batch_size {training.micro_batch_size} = {at_once}. Change one of them"
         )

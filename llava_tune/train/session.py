@@ -16,7 +16,7 @@ from llava_tune.data import Collator, ImageTransform, LlavaDataset
 from llava_tune.data.images import image_transform
 from llava_tune.data.layout import Layout
 from llava_tune.data.order import BatchOrder
-from llava_tune.data.prepare import make_plan
+from llava_tune.data.prepare import make_layout
 from llava_tune.data.tokenizer import load_tokenizer
 from llava_tune.errors import InputError
 from llava_tune.model.factory import build_llava
@@ -131,7 +131,7 @@ def _trainer(
     telemetry = Telemetry(work_dir, dataset, run.dataset.max_bad_share, start_step, order, main)
     callbacks: list[Any] = [telemetry]
     if run.preview.every_steps:
-        layout = Layout(make_plan(run).layout)
+        layout = Layout(make_layout(run)[0])
         callbacks.append(PreviewCallback(run.preview, layout, tokenizer, transform, work_dir, main))
     trainer = LlavaTrainer(
         run=run,
