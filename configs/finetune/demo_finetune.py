@@ -24,8 +24,14 @@ run = Run(
         max_length=256,
         num_workers=0,
     ),
-    optimizer=Optimizer(learning_rate=1e-3, weight_decay=0.05, warmup_ratio=0.05),
-    training=Training(global_batch_size=32, micro_batch_size=32, epochs=5, save_steps=100_000, logging_steps=10),
+    optimizer=Optimizer(
+        learning_rate=7e-4,
+        vision_learning_rate=1e-4,
+        projector_learning_rate=2e-4,
+        weight_decay=0.05,
+        warmup_ratio=0.05,
+    ),
+    training=Training(global_batch_size=32, micro_batch_size=32, epochs=4, save_steps=100_000, logging_steps=10),
     preview=Preview(
         every_steps=250,
         images=(f"{demo}/data/images/00000.png",),

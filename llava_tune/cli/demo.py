@@ -28,7 +28,7 @@ class Options:
     images: int = 3000
     """Training images to draw."""
     test_images: int = 200
-    """Held-out images; four questions are asked of each."""
+    """Held-out images; six questions are asked of each."""
     seed: int = 1
     """Seed of the pictures."""
     restart: bool = False

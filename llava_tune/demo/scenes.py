@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,13 +62,22 @@ def caption(scene: Scene) -> str:
 
 
 def questions(scene: Scene, rng: random.Random) -> list[tuple[str, str, str]]:
-    """(question, answer, type): shape, color, place, and a yes-or-no one that is yes half of the time."""
-    asked = scene.color if rng.random() < 0.5 else rng.choice([c for c in COLORS if c != scene.color])
+    """(question, answer, type): one of each, and a yes-or-no one of each that is yes half of the time."""
+
+    def asked(truth: str, of: Iterable[str]) -> tuple[str, str]:
+        name = truth if rng.random() < 0.5 else rng.choice([o for o in of if o != truth])
+        return name, "yes" if name == truth else "no"
+
+    shape, is_shape = asked(scene.shape, SHAPES)
+    color, is_color = asked(scene.color, COLORS)
+    place, is_place = asked(scene.place, PLACES)
     return [
         ("What shape is in the image?", scene.shape, "shape"),
-        (f"What color is the {scene.shape}?", scene.color, "color"),
+        ("What color is the shape?", scene.color, "color"),
         ("Where is the shape?", scene.place, "place"),
-        (f"Is the shape {asked}?", "yes" if asked == scene.color else "no", "yes or no"),
+        (f"Is it a {shape}?", is_shape, "yes or no"),
+        (f"Is the shape {color}?", is_color, "yes or no"),
+        (f"Is the shape at the {place}?", is_place, "yes or no"),
     ]
 
 
@@ -84,12 +94,12 @@ def write_data(folder: Path, *, train: int, test: int, seed: int) -> None:
         rng.shuffle(asked)
         if i < train:
             files["captions"].append(_record(i, name, [("Describe the image.", caption(scene))]))
-            # Two rounds a record: with all four, most answers could be read off an earlier round instead of the image.
-            for half in (0, 2):
-                rounds = [(q, a) for q, a, _ in asked[half : half + 2]]
-                files["train"].append(_record(f"{i}-{half}", name, rounds))
+            # Two rounds a record: with all, most answers could be read off an earlier round instead of the image.
+            for k in range(0, len(asked), 2):
+                rounds = [(q, a) for q, a, _ in asked[k : k + 2]]
+                files["train"].append(_record(f"{i}-{k}", name, rounds))
         else:
-            files["test"] += [_record(f"{i}-{kind}", name, [(q, a)], kind) for q, a, kind in asked]
+            files["test"] += [_record(f"{i}-{k}", name, [(q, a)], kind) for k, (q, a, kind) in enumerate(asked)]
     for stem, records in files.items():
         write_whole(folder / f"{stem}.json", json.dumps(records, indent=1))
 

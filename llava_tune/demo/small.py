@@ -57,7 +57,8 @@ def write_language_model(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=False,
-        initializer_range=width**-0.5,  # the default 0.02 suits wide models; a narrow one learns nothing for long with it
+        initializer_range=width
+        ** -0.5,  # the default 0.02 suits wide models; a narrow one learns nothing for long with it
     )
     if folder.is_dir():
         return

@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import SHARED, Finished, Small, losses
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(500), pytest.mark.xdist_group("slurm")]
 
 
 @pytest.fixture(scope="module")
