@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import Annotated, TypeVar
 
 import tyro
 
 from llava_tune.config.load import load_run, override
+from llava_tune.config.schema import Run
 from llava_tune.errors import EXIT_OK, InputError
-
-if TYPE_CHECKING:
-    from llava_tune.config.schema import Run
-else:
-    from llava_tune.config.schema import Run
 
 A = TypeVar("A")
 

@@ -29,11 +29,14 @@ def main(arguments: list[str], verb: str = "pretrain", description: str = DESCRI
     """Train; `finetune` is the same with another name."""
     config, options = parse(Options, _with_bare_resume(arguments), verb, description)
     deepspeed = deepspeed_config(options.deepspeed) if options.deepspeed else None
-    from llava_tune.train.launch import relaunch_under_torchrun
+    from llava_tune.train import accumulation_steps, get_ready, train
+    from llava_tune.train.launch import processes_to_start, relaunch_under_torchrun
 
-    if options.launcher == "none":
+    if options.launcher == "none" and (processes := processes_to_start()):
+        # Before there are ranks: what is wrong is said once, and none of them has to wait.
+        accumulation_steps(options.run, processes)
+        get_ready(options.run)
         relaunch_under_torchrun([verb, *arguments])
-    from llava_tune.train import train
 
     run = options.run
     work_dir = run.work_dir or str(Path("work_dirs") / Path(config).stem)

@@ -1,5 +1,5 @@
 """Training: launchers, the data of a run, the Trainer, checkpoints, telemetry."""
 
-from llava_tune.train.run import Trained, train
+from llava_tune.train.run import Trained, accumulation_steps, get_ready, train
 
-__all__ = ["Trained", "train"]
+__all__ = ["Trained", "accumulation_steps", "get_ready", "train"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llava_tune.config import Run
 from llava_tune.errors import InputError
-from llava_tune.model.factory import RUN_CONFIG, checkpoint_run
+from llava_tune.model.factory import RUN_CONFIG
 from llava_tune.model.llava import Llava
 
 _NAME = re.compile(r"checkpoint-(\d+)$")
@@ -89,11 +89,6 @@ def _decisive(run: dict[str, Any]) -> dict[str, Any]:
     for name in ("global_batch_size", "seed", "group_by_length"):
         flat[f"training.{name}"] = run["training"][name]
     return flat
-
-
-def resumed_model_source(checkpoint: Path) -> Run:
-    """The config inside a checkpoint (its model's parts made local to the checkpoint)."""
-    return checkpoint_run(checkpoint)
 
 
 def gather_state(llava: Llava, keep: frozenset[str]) -> dict[str, Tensor]:

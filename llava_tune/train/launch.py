@@ -14,14 +14,29 @@ from llava_tune.errors import InputError, missing_package
 Launcher = Literal["none", "torchrun", "slurm"]
 
 
+def processes_to_start() -> int:
+    """How many processes NPROC_PER_NODE and NNODES ask for in all; 0 if it asks for none, or they run already.
+
+    Raises:
+        InputError: they are no numbers.
+    """
+    if "NPROC_PER_NODE" not in os.environ or "RANK" in os.environ:
+        return 0
+    given = {name: os.environ.get(name, "1") for name in ("NPROC_PER_NODE", "NNODES")}
+    for name, value in given.items():
+        if not value.isdigit() or value == "0":
+            raise InputError(
+                f"{name} is {value!r}; expected a number of {'processes' if name[1] == 'P' else 'nodes'}, such as 8"
+            )
+    return int(given["NPROC_PER_NODE"]) * int(given["NNODES"])
+
+
 def relaunch_under_torchrun(arguments: list[str]) -> None:
-    """If NPROC_PER_NODE asks for processes and none were started yet, become torchrun. Else return.
+    """Become torchrun with the processes that NPROC_PER_NODE asks for.
 
     NNODES, NODE_RANK, ADDR and PORT mean what torchrun's --nnodes, --node-rank, --master-addr and --master-port mean.
     """
-    count = os.environ.get("NPROC_PER_NODE")
-    if count is None or "RANK" in os.environ:
-        return
+    count = os.environ["NPROC_PER_NODE"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", count]
     options = {"NNODES": "--nnodes", "NODE_RANK": "--node-rank", "ADDR": "--master-addr", "PORT": "--master-port"}
     given = [

@@ -60,15 +60,24 @@ def train(
     set_rank_variables(launcher, deepspeed is not None)
     accumulation = accumulation_steps(run, world_size())
     work_dir = Path(run.work_dir or Path("work_dirs") / name)
-    _ready_model(run)
-    from llava_tune.train.data import ready_store
-
-    store = ready_store(run)
+    store = get_ready(run)
     # From here on torch: the data was prepared without it, and before any collective.
     start_process_group(deepspeed is not None)
     from llava_tune.train.session import run_session
 
     return run_session(run, store, work_dir, accumulation, deepspeed, resume)
+
+
+def get_ready(run: Run) -> Path:
+    """All that needs no other rank: the language model converted, the data prepared. Returns the store's folder.
+
+    Raises:
+        InputError: the model or the data is wrong.
+    """
+    from llava_tune.train.data import ready_store
+
+    _ready_model(run)
+    return ready_store(run)
 
 
 def _ready_model(run: Run) -> None:

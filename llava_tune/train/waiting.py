@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from llava_tune.errors import InputError
+from llava_tune.errors import EXIT_BAD_INPUT, InputError
+from llava_tune.paths import write_whole
 
 
 def patience_minutes() -> float:
@@ -44,15 +45,23 @@ def once(
 
     Raises:
         TimeoutError: no progress for LLAVA_TUNE_DATASET_TIMEOUT minutes.
+        SystemExit: 2, where another process found the input wrong, and said so.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
     patience = patience_minutes() * 60
+    failed = lock.with_suffix(".failed")
     seen, since, said = progress(), time.monotonic(), 0.0
     with lock.open("a") as file:
         while not is_done():
+            if failed.exists() and failed.read_text() == _launch():
+                raise SystemExit(EXIT_BAD_INPUT)  # the process that worked has said why
             if _try_lock(file.fileno()):
                 if not is_done():
-                    work()
+                    try:
+                        work()
+                    except InputError:
+                        write_whole(failed, _launch())  # the others would only find the same
+                        raise
                 fcntl.flock(file, fcntl.LOCK_UN)
                 return
             now = progress()
@@ -68,6 +77,14 @@ def once(
                 said = time.monotonic()
                 print(f"waiting for {what}: {seen or 'starting'}", file=sys.stderr, flush=True)
             time.sleep(0.2)
+
+
+def _launch() -> str:
+    """What the processes that were started together have in common, and no others."""
+    env = os.environ
+    if "SLURM_PROCID" in env:
+        return "-".join(env.get(f"SLURM_{part}", "0") for part in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
+    return f"{env.get('TORCHELASTIC_RUN_ID', '')}-{os.getppid()}"
 
 
 def _try_lock(descriptor: int) -> bool:

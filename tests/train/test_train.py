@@ -272,21 +272,17 @@ def test_what_does_not_fit_is_refused(
     assert not (tmp_path / "x").exists()
 
 
-def test_ranks_wait_on_the_file_system_longer_than_a_collective_may_take(
-    small: Small, cli: Callable[..., Finished], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_wait_on_the_file_system_longer_than_a_collective_may_take(small: Small, tmp_path: Path) -> None:
     """Rank 0 prepares for longer than the collective time-out; the other lives, and training starts."""
-    hook = tmp_path / "hook"
-    hook.mkdir()
-    (hook / "sitecustomize.py").write_text(SLOW_PREPARE)
+    script = tmp_path / "slow_main.py"
+    script.write_text(SLOW_MAIN)
     env = {
-        "NPROC_PER_NODE": "2",
         "LLAVA_TUNE_COLLECTIVE_TIMEOUT": "5",
         "LLAVA_TUNE_DATASET_TIMEOUT": "0.1",
         "LLAVA_TUNE_CACHE": str(tmp_path / "cache"),
-        "PYTHONPATH": str(hook),
     }
-    done = cli("pretrain", small.config, "--work-dir", tmp_path / "w", "--training.max-steps", "2", env=env)
+    run = ("pretrain", small.config, "--work-dir", tmp_path / "w", "--training.max-steps", "2")
+    done = torchrun(*run, "--launcher", "torchrun", env=env, program=(str(script),))
     assert done.code == 0, done.err
     assert done.err.count("prepared 48 samples in") == 1
     seconds = float(done.err.split("prepared 48 samples in ")[1].split(" s")[0])
@@ -294,26 +290,44 @@ def test_ranks_wait_on_the_file_system_longer_than_a_collective_may_take(
     assert len(losses(tmp_path / "w")) == 2
 
 
-SLOW_PREPARE = """
-import sys, time
-class Finder:
-    def find_spec(self, name, path=None, target=None):
-        if name != "llava_tune.train.data":
-            return None
-        sys.meta_path.remove(self)
-        import llava_tune.train.data as data
-        real = data.prepare_plan
-        def slow(plan, folder, report):
-            for k in range(12):  # progress each second: the waiting rank must not give up
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                folder.with_suffix(".progress").write_text(str(k))
-                time.sleep(1)
-            return real(plan, folder, report=report)
-        data.prepare_plan = slow
-        import importlib.util
-        return importlib.util.find_spec(name)
-sys.meta_path.insert(0, Finder())
+def torchrun(
+    *arguments: object, env: dict[str, str], program: tuple[str, ...] = ("-m", "llava_tune.cli.main")
+) -> Finished:
+    """Two processes that torchrun starts, so that no process prepares before there are ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **{k: v for k, v in env.items() if k != "NPROC_PER_NODE"}}
+    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=env, timeout=300)
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+SLOW_MAIN = """
+import time
+import llava_tune.train.data as data
+from llava_tune.cli.main import main
+
+real = data.prepare_plan
+
+def slow(plan, folder, report):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for k in range(12):  # progress each second: the waiting rank must not give up
+        folder.with_suffix(".progress").write_text(f"{k} %")
+        time.sleep(1)
+    return real(plan, folder, report=report)
+
+data.prepare_plan = slow
+main()
 """
+
+
+def test_wrong_data_is_said_once_whatever_the_ranks(small: Small, cli: Callable[..., Finished], tmp_path: Path) -> None:
+    text = small.captions.read_text()
+    (tmp_path / "half.json").write_text(text[: len(text) // 2])
+    run = ("pretrain", small.config, "--work-dir", tmp_path / "w", "--dataset.data-path", tmp_path / "half.json")
+    env = {"NPROC_PER_NODE": "2", "LLAVA_TUNE_CACHE": str(tmp_path / "cache")}
+    assert "the JSON array is not closed" in wrong_input(cli(*run, env=env))
+    started_by_others = torchrun(*run, "--launcher", "torchrun", env=env)
+    assert started_by_others.code != 0
+    assert started_by_others.err.count("the JSON array is not closed") == 1, started_by_others.err
 
 
 def test_a_waiting_process_gives_up_without_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
