@@ -23,6 +23,6 @@ run = Run(
         num_workers=0,
     ),
     optimizer=Optimizer(learning_rate=7e-4, vision_learning_rate=3e-4, weight_decay=0.05, warmup_ratio=0.05),
-    training=Training(global_batch_size=32, micro_batch_size=32, epochs=8, save_steps=5000, logging_steps=10),
+    training=Training(global_batch_size=32, micro_batch_size=32, epochs=4, save_steps=5000, logging_steps=10),
     work_dir=f"{folder}/finetune",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -259,6 +260,7 @@ _worker: tuple[Layout, _Job] | None = None
 def _start_worker(spec: LayoutSpec, job: _Job) -> None:
     global _worker
     os.environ["RAYON_NUM_THREADS"] = "1"
+    gc.disable()  # records are trees without cycles; the collector would walk them again and again
     _worker = Layout(spec), job
 
 

@@ -22,7 +22,7 @@ def draw_answers(rows: list[dict[str, Any]], image_folder: Path, path: Path, cou
     from matplotlib import pyplot
     from PIL import Image
 
-    figure, grid = pyplot.subplots(2, count // 2, figsize=(11, 6.4))
+    figure, grid = pyplot.subplots(2, count // 2, figsize=(11, 7))
     for axes, row in zip(grid.flat, _choose(rows, count), strict=False):
         with Image.open(image_folder / row["image"][0]) as image:
             axes.imshow(image.convert("RGB"))
@@ -30,7 +30,7 @@ def draw_answers(rows: list[dict[str, Any]], image_folder: Path, path: Path, cou
         question = row["question"].replace(IMAGE_PLACEHOLDER, "").strip()
         color = "#1a7f37" if row["correct"] else "#c62828"
         axes.set_title(f"{question}\nanswer: {row['answer']}\ntruth: {row['truth']}", fontsize=10, color=color)
-    figure.tight_layout()
+    figure.tight_layout(h_pad=2.5)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return path

@@ -167,14 +167,14 @@ def draw_loss_curve(work_dir: Path) -> Path | None:
     from matplotlib import pyplot
 
     steps, losses = [r["step"] for r in rows], [r["loss"] for r in rows]
-    smooth, value = [], losses[0]
-    for loss in losses:
-        value += 0.1 * (loss - value)
-        smooth.append(value)
+    window = max(1, len(losses) // 30)
+    smooth = [sum(part) / len(part) for i in range(len(losses)) if (part := losses[max(0, i - window + 1) : i + 1])]
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
     axes.plot(steps, losses, color="#9ecae1", linewidth=1, label="each step")
-    axes.plot(steps, smooth, color="#08519c", linewidth=2, label="smoothed")
+    axes.plot(steps, smooth, color="#08519c", linewidth=2, label=f"mean of {window}")
     axes.set(xlabel="optimizer step", ylabel="loss (mean over supervised tokens)", title=work_dir.name)
+    if min(losses) > 0 and max(losses) > 20 * min(losses):
+        axes.set_yscale("log")
     axes.grid(alpha=0.3)
     axes.legend()
     path = work_dir / "loss.png"

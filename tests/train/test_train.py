@@ -343,3 +343,16 @@ def test_a_waiting_process_gives_up_without_progress(tmp_path: Path, monkeypatch
         with pytest.raises(TimeoutError, match=r"the data: no progress for 0\.01 minutes"):
             once(lock, lambda: False, lambda: pytest.fail("not ours to do"), lambda: "37%", "the data", False)
     assert time.monotonic() - started < 5
+
+
+def test_gradient_checkpointing_changes_no_loss_and_bf16_little(
+    small: Small, store: Path, cli: Callable[..., Finished], reference: tuple[Path, list[float]], tmp_path: Path
+) -> None:
+    run = ("pretrain", small.config, *offline(store), *STEPS)
+    done = cli(*run, "--work-dir", tmp_path / "g", "--training.gradient-checkpointing")
+    assert done.code == 0, done.err
+    close(losses(tmp_path / "g"), reference[1], 1e-6)
+    done = cli(*run, "--work-dir", tmp_path / "b", "--training.precision", "bf16")
+    assert done.code == 0, done.err
+    close(losses(tmp_path / "b"), reference[1], 0.02)
+    assert losses(tmp_path / "b") != reference[1]
