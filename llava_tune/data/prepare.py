@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import multiprocessing
@@ -15,12 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from llava_tune.config import Run
 from llava_tune.data.layout import Layout, LayoutSpec
-from llava_tune.data.records import BadRecord, Record, parse_record
-from llava_tune.data.sources import Format, Source, Span, read_span, split_records
+from llava_tune.data.parts import Job, part_facts, start_worker, work, write_part
+from llava_tune.data.sources import Source, Span
 from llava_tune.data.store import (
     FORMAT_VERSION,
     LEFT_OUT,
@@ -29,20 +26,13 @@ from llava_tune.data.store import (
     StoreSpec,
     check_source,
     check_spec,
-    file_hash,
-    part_name,
-    part_writer,
     read_manifest,
-    to_arrow,
     write_manifest,
 )
 from llava_tune.data.templates import get_template
 from llava_tune.data.tokenizer import load_vocabulary
 from llava_tune.errors import InputError
 from llava_tune.paths import write_whole
-
-BATCH_RECORDS = 4096
-"""Records tokenized in one call, and rows of one Arrow record batch."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +80,7 @@ def make_layout(run: Run) -> tuple[LayoutSpec, str]:
     Raises:
         InputError: any of them doesn't exist or doesn't fit.
     """
-    from llava_tune.model.shape import image_tokens
+    from llava_tune.model.tokens import image_tokens
 
     data = run.dataset
     template = get_template(data.template)
@@ -202,26 +192,26 @@ def _write_parts(
 
     def missing() -> Iterable[Span]:
         for span in source.spans():
-            if (known := _part_facts(folder, span)) is not None:
+            if (known := part_facts(folder, span)) is not None:
                 done(span, known)
             else:
                 yield span
 
-    job = _Job(source.path, source.format, folder)
+    job = Job(source.path, source.format, folder)
     if num_proc == 1 or source.bytes < source.part_bytes:
         layout = Layout(plan.layout)
         for span in missing():
-            done(span, _write_part(layout, job, span))
+            done(span, write_part(layout, job, span))
     else:
         _write_parallel(plan.layout, job, missing(), num_proc, done)
     return [facts[i] for i in sorted(facts)]
 
 
 def _write_parallel(
-    layout: LayoutSpec, job: _Job, spans: Iterable[Span], num_proc: int, done: Callable[[Span, dict[str, Any]], None]
+    layout: LayoutSpec, job: Job, spans: Iterable[Span], num_proc: int, done: Callable[[Span, dict[str, Any]], None]
 ) -> None:
     pool = ProcessPoolExecutor(
-        num_proc, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(layout, job)
+        num_proc, multiprocessing.get_context("spawn"), initializer=start_worker, initargs=(layout, job)
     )
     waiting: dict[Future[dict[str, Any]], Span] = {}
 
@@ -233,7 +223,7 @@ def _write_parallel(
 
     try:
         for span in spans:
-            waiting[pool.submit(_work, span)] = span
+            waiting[pool.submit(work, span)] = span
             collect(2 * num_proc)
         collect(0)
     except BrokenProcessPool as error:
@@ -243,111 +233,6 @@ def _write_parallel(
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What a worker needs beside the layout."""
-
-    path: Path
-    format: Format
-    folder: Path
-
-
-_worker: tuple[Layout, _Job] | None = None
-
-
-def _start_worker(spec: LayoutSpec, job: _Job) -> None:
-    global _worker
-    os.environ["RAYON_NUM_THREADS"] = "1"
-    gc.disable()  # records are trees without cycles; the collector would walk them again and again
-    _worker = Layout(spec), job
-
-
-def _work(span: Span) -> dict[str, Any]:
-    assert _worker is not None, "the pool's initializer runs first"
-    return _write_part(*_worker, span)
-
-
-def _facts_path(folder: Path, index: int) -> Path:
-    return folder / PARTS / f"{index:05d}.json"
-
-
-def _part_facts(folder: Path, span: Span) -> dict[str, Any] | None:
-    """The facts of a part that is written already, or None."""
-    path = _facts_path(folder, span.index)
-    if not path.is_file():
-        return None
-    facts: dict[str, Any] = json.loads(path.read_bytes())
-    return facts if facts["span"] == [span.start, span.end] and (folder / facts["file"]).is_file() else None
-
-
-def _write_part(layout: Layout, job: _Job, span: Span) -> dict[str, Any]:
-    text = read_span(job.path, span)
-    left_out: list[dict[str, Any]] = []
-    counts = {"samples": 0, "images": 0, "tokens": 0, "supervised": 0, "truncated": 0}
-    fixes: dict[str, int] = {}
-    with part_writer(job.folder, span.index) as writer:
-        records = _parse(text, job.format, span.index, left_out)
-        for start in range(0, len(records), BATCH_RECORDS):
-            some = records[start : start + BATCH_RECORDS]
-            batch = layout.tokenize(some)
-            left_out += [{"id": some[i].id, "reason": why} for i, why in batch.unsupervised]
-            for record in some:
-                for fix in record.fixes:
-                    fixes[fix] = fixes.get(fix, 0) + 1
-            counts["samples"] += len(batch.ids)
-            counts["images"] += sum(map(len, batch.images))
-            counts["tokens"] += int(batch.lengths.sum())
-            counts["supervised"] += int((batch.labels >= 0).sum())
-            counts["truncated"] += batch.truncated
-            writer.write_batch(to_arrow(batch))
-    path = job.folder / part_name(span.index)
-    facts = {
-        "file": path.name,
-        "span": [span.start, span.end],
-        "bytes": path.stat().st_size,
-        "xxh3": file_hash(path),
-        "lines": text.count(b"\n"),
-        "fixes": fixes,
-        "left_out": left_out,
-        "encoder": layout.encoder.name,
-        **counts,
-    }
-    write_whole(_facts_path(job.folder, span.index), json.dumps(facts))
-    return facts
-
-
-def _parse(text: bytes, format: Format, part: int, left_out: list[dict[str, Any]]) -> list[Record]:
-    """The good records of a span; the bad ones go to `left_out` with their line and reason."""
-    body = text.strip(b", \t\r\n") if format == "json" else text.strip().replace(b"\n", b",")
-    try:
-        raws = orjson.loads(b"[" + body + b"]")
-        lines = None
-    except orjson.JSONDecodeError:
-        raws, lines = _parse_one_by_one(text, format, left_out)
-    records = []
-    bad = []
-    for k, raw in enumerate(raws):
-        try:
-            records.append(parse_record(raw, f"part {part} record {k}"))
-        except BadRecord as error:
-            bad.append((k, str(raw.get("id", "")) if isinstance(raw, dict) else "", str(error)))
-    if bad:
-        lines = lines or [line for line, _ in split_records(text, format)]
-        left_out += [{"id": identity, "line": lines[k], "reason": why} for k, identity, why in bad]
-    return records
-
-
-def _parse_one_by_one(text: bytes, format: Format, left_out: list[dict[str, Any]]) -> tuple[list[Any], list[int]]:
-    raws, lines = [], []
-    for line, raw in split_records(text, format):
-        try:
-            raws.append(orjson.loads(raw))
-            lines.append(line)
-        except orjson.JSONDecodeError as error:
-            left_out.append({"id": "", "line": line, "reason": f"not valid JSON: {error}"})
-    return raws, lines
 
 
 def _finish(folder: Path, plan: Plan, source: Source, parts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 """Training: launchers, the data of a run, the Trainer, checkpoints, telemetry."""
 
-from llava_tune.train.run import Trained, accumulation_steps, get_ready, train
+from llava_tune.train.run import accumulation_steps, get_ready, train
 
-__all__ = ["Trained", "accumulation_steps", "get_ready", "train"]
+__all__ = ["accumulation_steps", "get_ready", "train"]

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_tune.config import Run
 from llava_tune.errors import SharedInputError
 from llava_tune.train.launch import Launcher, rank, set_rank_variables, start_process_group, world_size
 
-
-@dataclass(frozen=True)
-class Trained:
-    """What a run gave."""
-
-    work_dir: Path
-    checkpoint: Path
-    steps: int
+if TYPE_CHECKING:
+    from llava_tune.train.session import Trained
 
 
 def accumulation_steps(run: Run, ranks: int) -> int:
@@ -105,10 +97,3 @@ def _convert(folder: Path) -> None:
 
     print(f"converting {folder} from InternLM2's layout to Llama's, once, into the cache", file=sys.stderr, flush=True)
     internlm2.convert(folder)
-
-
-def total_steps(run: Run, samples: int) -> int:
-    """Optimizer steps of the run."""
-    if run.training.max_steps:
-        return run.training.max_steps
-    return math.ceil(run.training.epochs * math.ceil(samples / run.training.global_batch_size))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,17 @@ from llava_tune.model.llava import Llava
 from llava_tune.train.checkpoint import check_resume, checkpoints, clear_staging, find_resume, step_of
 from llava_tune.train.launch import collective_timeout, rank, world_size
 from llava_tune.train.preview import PreviewCallback
-from llava_tune.train.run import Trained, total_steps
 from llava_tune.train.telemetry import Telemetry, draw_loss_curve
 from llava_tune.train.trainer import LlavaTrainer
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run gave."""
+
+    work_dir: Path
+    checkpoint: Path
+    steps: int
 
 
 def use_bf16(run: Run) -> bool:
@@ -184,3 +194,10 @@ def _finish(dataset: LlavaDataset, work_dir: Path) -> None:
             file=sys.stderr,
             flush=True,
         )
+
+
+def total_steps(run: Run, samples: int) -> int:
+    """Optimizer steps of the run."""
+    if run.training.max_steps:
+        return run.training.max_steps
+    return math.ceil(run.training.epochs * math.ceil(samples / run.training.global_batch_size))

@@ -56,7 +56,7 @@ def test_bad_images_say_why(tmp_path: Path) -> None:
         "outside/passwd": "leaves the image folder",
         "/etc/passwd": "absolute",
         "a\0b": "null byte",
-        "bomb.png": "pixels, more than",
+        "bomb.png": "pixels",
     }.items():
         with pytest.raises(BadImage, match=why):
             transform.load(tmp_path, name)

@@ -11,7 +11,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llava_tune.config import VisionTower
 from llava_tune.errors import InputError
-from llava_tune.model.shape import image_tokens
+from llava_tune.model.tokens import image_tokens
 from llava_tune.model.vision import build_vision
 
 SMALL = {

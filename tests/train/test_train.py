@@ -67,11 +67,12 @@ def test_a_run_leaves_what_it_says(reference: tuple[Path, list[float]]) -> None:
 def test_online_equals_offline_bit_for_bit(
     small: Small, cli: Callable[..., Finished], reference: tuple[Path, list[float]], tmp_path: Path
 ) -> None:
-    done = cli("pretrain", small.config, "--work-dir", tmp_path / "online", *STEPS, "--dataset.num-workers", "2")
+    env = {"LLAVA_TUNE_CACHE": str(tmp_path / "cache")}
+    done = cli("pretrain", small.config, "--work-dir", tmp_path / "online", *STEPS, "--dataset.num-workers", "2", env=env)
     assert done.code == 0, done.err
     assert "prepared 48 samples" in done.err
     assert losses(tmp_path / "online") == reference[1]
-    again = cli("pretrain", small.config, "--work-dir", tmp_path / "again", "--training.max-steps", "1")
+    again = cli("pretrain", small.config, "--work-dir", tmp_path / "again", "--training.max-steps", "1", env=env)
     assert again.code == 0
     assert "prepared" not in again.err
 
