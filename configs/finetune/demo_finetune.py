@@ -31,7 +31,7 @@ run = Run(
         weight_decay=0.05,
         warmup_ratio=0.05,
     ),
-    training=Training(global_batch_size=32, micro_batch_size=32, epochs=3, save_steps=100_000, logging_steps=10),
+    training=Training(global_batch_size=32, micro_batch_size=32, epochs=4, save_steps=100_000, logging_steps=10),
     preview=Preview(
         every_steps=250,
         images=(f"{demo}/data/images/00000.png",),
