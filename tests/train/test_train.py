@@ -68,7 +68,9 @@ def test_online_equals_offline_bit_for_bit(
     small: Small, cli: Callable[..., Finished], reference: tuple[Path, list[float]], tmp_path: Path
 ) -> None:
     env = {"LLAVA_TUNE_CACHE": str(tmp_path / "cache")}
-    done = cli("pretrain", small.config, "--work-dir", tmp_path / "online", *STEPS, "--dataset.num-workers", "2", env=env)
+    done = cli(
+        "pretrain", small.config, "--work-dir", tmp_path / "online", *STEPS, "--dataset.num-workers", "2", env=env
+    )
     assert done.code == 0, done.err
     assert "prepared 48 samples" in done.err
     assert losses(tmp_path / "online") == reference[1]
