@@ -121,3 +121,16 @@ def test_padding_is_isolated_and_never_supervised() -> None:
     assert (batch["labels"][0, 5:] == -100).all()
     assert (batch["labels"][:, 0] == -100).all()
     assert batch["pixel_values"].shape == (1, 3, 8, 8)
+
+
+def test_samples_are_shuffled_by_seed_and_epoch() -> None:
+    lengths = np.full(64, 7, np.int32)
+
+    def flat(epoch: int, seed: int) -> list[int]:
+        return epoch_order(lengths, epoch, seed, 8, False).flatten().tolist()
+
+    # Batches hold other samples, not the same ones in another order.
+    together = [{frozenset(flat(e, s)[i : i + 8]) for i in range(0, 64, 8)} for e, s in ((0, 1), (1, 1), (0, 2))]
+    assert not together[0] & together[1]
+    assert not together[0] & together[2]
+    assert flat(0, 1) == flat(0, 1)
