@@ -33,11 +33,11 @@ run = Run(
 
 def base_records(shared: Path) -> list[dict[str, Any]]:
     """The real records, in the mix that has a mean of about 127 tokens."""
-    easy = json.loads((shared / "easy_vqa/easy_vqa_train.json").read_text())[:1000]
+    easy = json.loads((shared / "easy_vqa/easy_vqa_train.json").read_text())[:390]
     coco = json.loads((shared / "coco_captions/coco_captions.json").read_text())
     chat = json.loads((shared / "sharegpt/dummy_conversation.json").read_text())
     chinese = [json.loads(line) for line in (shared / "dialogues_zh/smile_50.jsonl").read_text().splitlines()]
-    return [*easy, *coco * 4, *chat, *chinese[:10]]
+    return [*easy, *coco * 4, *chat[:250], *chinese[:20]]
 
 
 def write_records(base: list[dict[str, Any]], path: Path, count: int) -> None:

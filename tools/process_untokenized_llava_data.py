@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Tokenize a config's conversations ahead of training; the same as `llava-tune prepare`.
+"""Tokenize a config's conversations and image paths ahead of training: `llava-tune prepare --modified-config`.
 
-python tools/process_untokenized_llava_data.py CFG --save-folder DIR [--dataset.num-proc N] [any field of the config]
+python tools/process_untokenized_llava_data.py CFG --save-folder DIR [--num-proc N] [--shard I/N] [any field of the config]
 
-Train from the result with --dataset.offline-processed-text-folder DIR.
+Train from the result with the <config>_modified.py that it writes, or with --dataset.offline-processed-text-folder DIR.
 """
 
 import sys
@@ -12,4 +12,5 @@ from llava_tune.cli.main import main
 
 if __name__ == "__main__":
     sys.argv[1:1] = ["prepare"]
+    sys.argv.append("--modified-config")
     main()

@@ -12,7 +12,7 @@ from llava_tune.errors import EXIT_OK, InputError
 
 A = TypeVar("A")
 
-FlatRun = Annotated[Run, tyro.conf.arg(name="")]
+FlatRun = Annotated[Run, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]
 """A field of a verb's options whose own fields are flags without a prefix: --model.llm.name, not --run.model.llm.name."""
 
 

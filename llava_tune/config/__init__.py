@@ -1,8 +1,10 @@
 """Typed configs: the dataclasses, loading a config file, command-line overrides, the shipped recipes and presets."""
 
 from llava_tune.config.load import load_run, override
+from llava_tune.config.modified import with_fields, write_modified
 from llava_tune.config.schema import (
     Dataset,
+    DataSource,
     LanguageModel,
     Lora,
     Model,
@@ -18,6 +20,7 @@ from llava_tune.config.schema import (
 from llava_tune.config.shipped import copy_config, deepspeed_config, find_config, list_configs
 
 __all__ = [
+    "DataSource",
     "Dataset",
     "LanguageModel",
     "Lora",
@@ -36,4 +39,6 @@ __all__ = [
     "load_run",
     "override",
     "to_json",
+    "with_fields",
+    "write_modified",
 ]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import inspect
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import pydantic
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from typing_extensions import Self, dataclass_transform
 
@@ -145,10 +146,46 @@ class Projector:
 @_config
 class Model:
     llm: LanguageModel
-    vision: VisionTower
+    vision: VisionTower | None
+    """The image encoder; None: a language model alone, trained on text."""
     projector: Projector = Projector()
     init_from: str | None = None
     """A checkpoint of llava-tune whose weights (a projector's, or more) the model starts from."""
+
+
+def _function_name(value: Any) -> Any:
+    """A function as `file.py:name`, which other processes can load and JSON can hold."""
+    if callable(value):
+        return f"{inspect.getsourcefile(value) or value.__code__.co_filename}:{value.__name__}"
+    return value
+
+
+Format = Literal["auto", "llava", "sharegpt", "messages", "alpaca"]
+Function = Annotated[str, BeforeValidator(_function_name)]
+
+
+@_config
+class DataSource:
+    """One of several data sets that a run mixes. What is None here is as the Dataset has it."""
+
+    data_path: str
+    """A file, a folder of files or a pattern; see Dataset.data_path."""
+    name: str | None = None
+    """What reports call it; None: the name of the file or folder."""
+    image_folder: str | None = None
+    """Folder that its image paths start from."""
+    template: str | None = None
+    """Its chat template."""
+    format: Format = "auto"
+    """Of its records; auto: told from the first one."""
+    convert: Function | None = None
+    """Its own format: a function from a record to LLaVA's."""
+    split: str | None = None
+    """Which split of a saved DatasetDict, and which of its samples: `train`, `train[:95%]`, `[1000:]`."""
+    repeat: PositiveFloat | None = None
+    """Times that an epoch goes over it; 0.5: half of it, another half each epoch. None: 1."""
+    share: Share | None = None
+    """Its share of an epoch's samples, instead of `repeat`; all data sets then need one."""
 
 
 @_config
@@ -156,11 +193,22 @@ class Dataset:
     """Conversations with images, and how they become tokens."""
 
     data_path: str | None = None
-    """LLaVA JSON or JSONL file. Not needed with offline_processed_text_folder."""
+    """JSON, JSONL (also .gz, .zst), Parquet, a folder saved by `datasets`, WebDataset .tar; a file, a folder of such files, or a
+    pattern. Not needed with offline_processed_text_folder."""
     image_folder: str | None = None
-    """Folder that the records' image paths start from. None: the data is text only."""
+    """Folder that the records' image paths start from. None: the data is text only, or holds its images itself."""
     template: str = "internlm2_chat"
     """Chat template (llava_tune/data/templates.py)."""
+    system: str | None = None
+    """System message of records that have none; None: the template's."""
+    format: Format = "auto"
+    """Of the records; auto: told from the first one."""
+    convert: Function | None = None
+    """A format of one's own: a function from a record to LLaVA's (or None, to leave it out); or its `file.py:name`."""
+    split: str | None = None
+    """Which split of a saved DatasetDict, and which of its samples: `train`, `train[:95%]`, `[1000:]`."""
+    sources: tuple[DataSource, ...] = ()
+    """Several data sets in one run, instead of data_path."""
     max_length: PositiveInt = 2048
     """Tokens of a sample at most, counted after each image has become its patches; the rest is cut off."""
     image_position: Literal["front", "as_written"] = "front"
@@ -170,12 +218,53 @@ class Dataset:
     and cropping the centre."""
     offline_processed_text_folder: str | None = None
     """A folder that `llava-tune prepare` wrote; None: training prepares one in the cache folder first."""
+    trust_processed_folder: bool = False
+    """Take an offline_processed_text_folder that has no manifest (XTuner's), after a check of its columns. Nothing then says
+    whether its tokenizer, template and max_length are this config's."""
     max_bad_share: Share = 0.01
     """Largest share of records (in prepare) or of images (in training) that may be bad and left out."""
     num_proc: NonNegativeInt = 0
     """Processes that prepare data; 0: one for each core."""
     num_workers: NonNegativeInt = 2
     """Processes for each rank that decode images while training."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.data_path is not None and self.sources:
+            raise ValueError(
+                "dataset has both data_path and sources: list all data sets in sources, or give one data_path"
+            )
+        shares = [s.share for s in self.sources]
+        if any(share is not None for share in shares):
+            if None in shares:
+                raise ValueError("a share is given for some of dataset.sources only: give all a share, or all a repeat")
+            if any(s.repeat is not None for s in self.sources):
+                raise ValueError("dataset.sources has both share and repeat: use one of them")
+            if abs(sum(s for s in shares if s) - 1) > 1e-3:
+                raise ValueError(f"the shares of dataset.sources add up to {sum(s for s in shares if s):g}, not to 1")
+        return self
+
+    def all_sources(self) -> tuple[DataSource, ...]:
+        """The data sets, each with all that it takes from here filled in; none if there is only a prepared folder."""
+        if self.sources:
+            return tuple(
+                dataclasses.replace(
+                    s, template=s.template or self.template, image_folder=s.image_folder or self.image_folder
+                )
+                for s in self.sources
+            )
+        if self.data_path is None:
+            return ()
+        return (
+            DataSource(
+                data_path=self.data_path,
+                image_folder=self.image_folder,
+                template=self.template,
+                format=self.format,
+                convert=self.convert,
+                split=self.split,
+            ),
+        )
 
 
 @_config
@@ -261,16 +350,18 @@ class Run:
     @model_validator(mode="after")
     def _check(self) -> Self:
         data = self.dataset
-        if data.data_path is None and data.offline_processed_text_folder is None:
+        if not data.all_sources() and data.offline_processed_text_folder is None:
             raise ValueError(
-                "dataset has neither data_path (a LLaVA JSON or JSONL file) nor offline_processed_text_folder (a folder that "
+                "dataset has neither data_path (a LLaVA JSON or JSONL file, or another kind) nor offline_processed_text_folder (a folder that "
                 "`llava-tune prepare` wrote): set one"
             )
         if self.preview.every_steps and not self.preview.images:
             raise ValueError("preview.every_steps is above 0 but preview.images names no image")
         model = self.model
-        frozen = model.llm.freeze and not model.llm.lora.rank and model.vision.freeze and not model.vision.lora.rank
-        if frozen and model.projector.freeze:
+        frozen = model.llm.freeze and not model.llm.lora.rank
+        if model.vision is not None:
+            frozen = frozen and model.vision.freeze and not model.vision.lora.rank and model.projector.freeze
+        if frozen:
             raise ValueError("everything is frozen (llm, vision and projector): nothing would be trained")
         return self
 

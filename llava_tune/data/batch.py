@@ -25,7 +25,7 @@ class Collator:
 
     Args:
         image_tokens: patches an image.
-        image_size: side of an image, for the blank one that a batch without images carries.
+        image_size: side of an image, for the blank one that a batch without images carries; 0: the model takes none.
         pad_id: what fills rows up; it is never looked at.
     """
 
@@ -58,10 +58,12 @@ class Collator:
             n = len(ids)
             input_ids[i, :n], labels[i, :n], position_ids[i, :n] = ids, row_labels, np.arange(n)
         pixels = [p for s in samples for p in s.pixel_values]
-        blank = torch.zeros(1, 3, self.image_size, self.image_size)
-        return {
+        batch = {
             "input_ids": torch.from_numpy(input_ids),
             "labels": torch.from_numpy(labels),
             "position_ids": torch.from_numpy(position_ids),
-            "pixel_values": torch.stack(pixels) if pixels else blank,
         }
+        if self.image_size:
+            blank = torch.zeros(1, 3, self.image_size, self.image_size)
+            batch["pixel_values"] = torch.stack(pixels) if pixels else blank
+        return batch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import numpy as np
 
 from llava_tune.constants import IGNORE_INDEX
 from llava_tune.data.images import BadImage, ImageTransform
-from llava_tune.data.store import column_lengths, open_store, read_manifest
+from llava_tune.data.store import column_lengths, images_of, open_foreign, open_store, read_manifest
 from llava_tune.errors import InputError
 
 if TYPE_CHECKING:
@@ -65,9 +66,10 @@ class LlavaDataset:
 
     Args:
         offline_processed_text_folder: what `llava-tune prepare` wrote.
-        image_folder: what the images' paths start from.
+        image_folder: what the images' paths start from; or one for each data set of the store.
         transform: how images become tensors.
         quarantine: file to list bad images in.
+        foreign: take a folder without a manifest (XTuner's), see `open_foreign`; its images take `image_tokens` each.
 
     Raises:
         InputError: not a finished store, or the store has images and image_folder is missing.
@@ -76,26 +78,36 @@ class LlavaDataset:
     def __init__(
         self,
         offline_processed_text_folder: str | Path,
-        image_folder: str | Path | None,
+        image_folder: str | Path | Sequence[str | Path | None] | None,
         transform: ImageTransform,
         quarantine: Path | None = None,
+        *,
+        foreign: bool = False,
+        image_tokens: int = 1,
     ) -> None:
         folder = Path(offline_processed_text_folder)
-        self.manifest = read_manifest(folder)
-        self.rows: Any = open_store(folder).with_format(
-            "numpy", columns=["input_ids", "labels"], output_all_columns=True
-        )
-        self.lengths = column_lengths(self.rows)
+        if foreign:
+            rows, self.lengths, self.manifest = open_foreign(folder, image_tokens)
+        else:
+            self.manifest = read_manifest(folder)
+            rows = open_store(folder)
+            self.lengths = column_lengths(rows)
+        self.rows: Any = rows.with_format("numpy", columns=["input_ids", "labels"], output_all_columns=True)
         self.transform = transform
         self.quarantine = Quarantine(quarantine) if quarantine else None
-        if self.manifest["images"] and image_folder is None:
-            raise InputError(
-                f"the store {folder} has {self.manifest['images']:,} images, but dataset.image_folder is not set. Set it to the "
-                "folder that the images' paths start from"
-            )
-        self.image_folder = Path(image_folder) if image_folder is not None else Path()
-        if image_folder is not None and not self.image_folder.is_dir():
-            raise InputError(f"dataset.image_folder {image_folder}: no such folder")
+        sets = self.manifest["data_sets"]
+        one = image_folder is None or isinstance(image_folder, str | Path)
+        folders: Any = [image_folder] * len(sets) if one else image_folder
+        self._first_rows = np.cumsum([0, *(data["samples"] for data in sets)])[:-1]
+        self.image_folders = [Path(f) if f is not None else Path() for f in folders]
+        for data, given in zip(sets, folders, strict=True):
+            if data["images"] and given is None:
+                raise InputError(
+                    f"the store {folder} has {data['images']:,} images of {data['name']}, but dataset.image_folder is not set. Set it "
+                    "to the folder that the images' paths start from"
+                )
+            if given is not None and not Path(given).is_dir():
+                raise InputError(f"dataset.image_folder {given}: no such folder")
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -104,12 +116,13 @@ class LlavaDataset:
         import torch
 
         row = self.rows[index]
+        folder = self.image_folders[int(np.searchsorted(self._first_rows, index, side="right")) - 1]
         input_ids, labels = row["input_ids"], row["labels"]
         pixels: list[Tensor] = []
         bad: str | None = None
-        for image in row["image"]:
+        for image in images_of(row["image"]):
             try:
-                pixels.append(self.transform.load(self.image_folder, image))
+                pixels.append(self.transform.load(folder, image))
             except BadImage as error:
                 bad = f"{image}: {error}"
                 if self.quarantine:

@@ -4,73 +4,112 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 
-PROOF_STRINGS = 64
+from llava_tune.data.words import cut
+
+PROOF_STRINGS = 16
 """Strings of each batch that the reference encodes too."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Texts as words, and words as ids.
+
+    Attributes:
+        ids: int32 [ids of all different words].
+        offsets: int64 [different words + 1] into ids.
+        codes: int64 [words of all texts], which word each is.
+        text_offsets: int64 [texts + 1] into codes.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    codes: np.ndarray
+    text_offsets: np.ndarray
+
+    def of(self, text: int) -> np.ndarray:
+        """The ids of one text, int32 [n]."""
+        codes = self.codes[self.text_offsets[text] : self.text_offsets[text + 1]].tolist()
+        return np.concatenate([self.ids[:0], *(self.ids[self.offsets[c] : self.offsets[c + 1]] for c in codes)])
 
 
 class Encoder:
     """Encodes strings as ordinary text, never as control tokens.
 
     Args:
-        plain_json: a tokenizer.json without special tokens (`tokenizer.plain_json`).
-        forbidden: ids that no text may give (control tokens), int32 [n].
+        plain_json: a tokenizer.json without special tokens.
+        cut_after: bytes behind which texts may be cut before a space; None: they can't be cut. See `words`.
     """
 
-    def __init__(self, plain_json: str, forbidden: np.ndarray) -> None:
+    def __init__(self, plain_json: str, cut_after: Sequence[int] | None) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from tokenizers import Tokenizer
 
-        self.reference = Tokenizer.from_str(plain_json)
-        self.forbidden = np.asarray(forbidden, np.int32)
         self.fell_back = False
-        try:
-            import fastokens
+        with ThreadPoolExecutor(1) as beside:  # both take most of a second, and release the interpreter meanwhile
+            reference = beside.submit(Tokenizer.from_str, plain_json)
+            try:
+                import fastokens
 
-            self._fast = fastokens.Tokenizer.from_json_str(plain_json)
-        except (ImportError, ValueError):
-            self._fast = None
+                self._fast = fastokens.Tokenizer.from_json_str(plain_json)
+            except (ImportError, ValueError):
+                self._fast = None
+            self.reference = reference.result()
+        self._table = None if cut_after is None else np.isin(np.arange(256), list(cut_after))
 
     @property
     def name(self) -> str:
         return "tokenizers" if self._fast is None else "fastokens"
 
-    def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all texts behind one another, int32 [total], and offsets, int64 [len(texts) + 1]."""
-        if self._fast is None:
-            ids, offsets = self._encode_reference(texts)
-        else:
-            flat, bounds = self._fast.encode_batch_flat(texts)
+    def encode(self, texts: list[str], forbidden: np.ndarray) -> Encoded:
+        """
+        Args:
+            forbidden: ids that no text may give (control tokens), int32 [n].
+        """
+        words = cut(texts, self._table)
+        if self._fast is not None:
+            flat, bounds = self._fast.encode_batch_flat(words.words)
             ids = np.frombuffer(flat, np.uint32).astype(np.int32)
             offsets = np.frombuffer(bounds, np.uint64).astype(np.int64)
-            if not self._proved(texts, ids, offsets):
-                self._fast, self.fell_back = None, True
-                ids, offsets = self._encode_reference(texts)
-        if len(self.forbidden) and np.isin(ids, self.forbidden).any():
-            return self._without_forbidden(texts, ids, offsets)
-        return ids, offsets
+            encoded = Encoded(ids, offsets, words.codes, words.offsets)
+            if not self._proved(texts, encoded):
+                self._fast, self._table, self.fell_back = None, None, True
+                return self.encode(texts, forbidden)
+        else:
+            ids, offsets = self._encode_reference(words.words)
+            encoded = Encoded(ids, offsets, words.codes, words.offsets)
+            if self._table is not None and not self._proved(texts, encoded):
+                self._table = None
+                return self.encode(texts, forbidden)
+        if len(forbidden) and np.isin(ids, forbidden).any():
+            ids, offsets = self._without_forbidden(words.words, ids, offsets, forbidden)
+            return Encoded(ids, offsets, words.codes, words.offsets)
+        return encoded
 
-    def _proved(self, texts: list[str], ids: np.ndarray, offsets: np.ndarray) -> bool:
+    def _proved(self, texts: list[str], encoded: Encoded) -> bool:
         stride = max(1, len(texts) // PROOF_STRINGS)
         sample = range(0, len(texts), stride)
         expected = self.reference.encode_batch_fast([texts[i] for i in sample], add_special_tokens=False)
-        return all(ids[offsets[i] : offsets[i + 1]].tolist() == e.ids for i, e in zip(sample, expected, strict=True))
+        return all(encoded.of(i).tolist() == e.ids for i, e in zip(sample, expected, strict=True))
 
     def _encode_reference(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         rows = [e.ids for e in self.reference.encode_batch_fast(texts, add_special_tokens=False)]
         return _join([np.array(row, np.int32) for row in rows])
 
     def _without_forbidden(
-        self, texts: list[str], ids: np.ndarray, offsets: np.ndarray
+        self, words: list[str], ids: np.ndarray, offsets: np.ndarray, forbidden: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Encode the texts that gave a control token a character at a time, which can't give one of several."""
+        """Encode the words that gave a control token a character at a time, which can't give one of several."""
         rows = [ids[a:b] for a, b in itertools.pairwise(offsets.tolist())]
         for i, row in enumerate(rows):
-            if np.isin(row, self.forbidden).any():
-                pieces = self._encode_reference(list(texts[i]))[0]
-                rows[i] = pieces[~np.isin(pieces, self.forbidden)]
+            if np.isin(row, forbidden).any():
+                pieces = self._encode_reference(list(words[i]))[0]
+                rows[i] = pieces[~np.isin(pieces, forbidden)]
         return _join(rows)
 
 

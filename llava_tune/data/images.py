@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from PIL import Image
 
 from llava_tune.config import VisionTower
+from llava_tune.data.sources.refs import open_reference
 from llava_tune.model.shape import image_size, vision_config
-from llava_tune.paths import inside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +28,40 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 class BadImage(ValueError):
     """An image that can't be used; the message says why."""
+
+
+@contextmanager
+def opened(folder: Path, reference: str) -> Iterator[Image.Image]:
+    """An image by its reference (`sources.refs`), not decoded yet; for as long as the block lasts.
+
+    Raises:
+        BadImage: missing, outside the folder, not an image, or too large; or decoding it in the block fails.
+    """
+    try:
+        file = open_reference(folder, reference)
+    except FileNotFoundError:
+        raise BadImage("no such file") from None
+    except (ValueError, OSError, KeyError, StopIteration) as error:
+        raise BadImage(str(error)) from error
+    with _decoding(file) as image:
+        yield image
+
+
+@contextmanager
+def _decoding(file: BinaryIO | Path) -> Iterator[Image.Image]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is the same
+            with Image.open(file) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise BadImage(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+                yield image
+    except BadImage:
+        raise
+    except FileNotFoundError:
+        raise BadImage("no such file") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, MemoryError) as error:
+        raise BadImage(f"can't be decoded: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -45,29 +82,19 @@ class ImageTransform:
         Raises:
             BadImage: missing, outside the folder, not an image, truncated, or too large.
         """
-        try:
-            path = inside(folder, relative)
-        except ValueError as error:
-            raise BadImage(str(error)) from error
-        return self.open(path)
+        with opened(folder, relative) as image:
+            return self(image)
 
     def open(self, path: Path) -> Tensor:
         """The same for a path that is trusted."""
-        try:
-            with Image.open(path) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise BadImage(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
-                return self(image)
-        except BadImage:
-            raise
-        except FileNotFoundError:
-            raise BadImage("no such file") from None
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, MemoryError) as error:
-            raise BadImage(f"can't be decoded: {error}") from error
+        with _decoding(path) as image:
+            return self(image)
 
     def __call__(self, image: Image.Image) -> Tensor:
         import torch
 
+        if not self.size:
+            raise BadImage("the model has no vision tower (model.vision is None)")
         rgb = self._square(image.convert("RGB"))
         short = min(rgb.size)
         width, height = (self.size if s == short else int(self.size * s / short) for s in rgb.size)
@@ -87,12 +114,14 @@ class ImageTransform:
         return square
 
 
-def image_transform(vision: VisionTower, pad_to_square: bool) -> ImageTransform:
-    """The preprocessing that goes with a tower: of its config or its pretrained tag, else OpenAI's.
+def image_transform(vision: VisionTower | None, pad_to_square: bool) -> ImageTransform:
+    """The preprocessing that goes with a tower: of its config or its pretrained tag, else OpenAI's; of size 0 without one.
 
     Raises:
         InputError: see `vision_config`.
     """
+    if vision is None:
+        return ImageTransform(0)
     config = vision_config(vision)
     known = dict(config.get("preprocess_cfg", {}))
     if not known and vision.pretrained is not None and not vision.name.endswith(".json"):

@@ -25,7 +25,7 @@ class BadRecord(ValueError):
 
 
 def parse_record(raw: Any, fallback_id: str) -> Record:
-    """A LLaVA record {"id", "image", "conversations": [{"from", "value"}, ...]} as a Record.
+    """A LLaVA record {"id", "image", "system", "conversations": [{"from", "value"}, ...]} as a Record.
 
     Consecutive messages of one role are joined by a newline; an answer before any question and a question after the
     last answer are dropped, and named in `fixes`.
@@ -39,9 +39,12 @@ def parse_record(raw: Any, fallback_id: str) -> Record:
     if type(conversations) is not list or not conversations:
         raise BadRecord(f"'conversations' must be a list of messages, found {_kind(conversations)}")
     identity = raw.get("id")
+    before = raw.get("system") or ""
+    if type(before) is not str:
+        raise BadRecord(f"'system' must be a string, found {_kind(before)}")
     images = _images(raw.get("image"))
     try:
-        rounds, system, fixes = _plain_rounds(conversations) or _any_rounds(conversations)
+        rounds, system, fixes = _rounds(conversations)
     except (KeyError, TypeError, AttributeError):
         raise BadRecord(_describe_broken(conversations)) from None
     placeholders = 0
@@ -49,25 +52,11 @@ def parse_record(raw: Any, fallback_id: str) -> Record:
         placeholders += question.count(IMAGE_PLACEHOLDER)
     if placeholders != len(images):
         raise BadRecord(_disagreement(placeholders, len(images)))
+    system = "\n".join(text for text in (before, system) if text)
     return Record(fallback_id if identity is None else str(identity), images, system, rounds, fixes)
 
 
-def _plain_rounds(messages: list[Any]) -> tuple[list[tuple[str, str]], str, tuple[str, ...]] | None:
-    """The common case: human and gpt in turns. None if it is anything else."""
-    if len(messages) % 2:
-        return None
-    rounds = []
-    for question, answer in zip(messages[::2], messages[1::2], strict=True):
-        if question["from"] != "human" or answer["from"] != "gpt":
-            return None
-        q, a = question["value"], answer["value"]
-        if type(q) is not str or type(a) is not str:
-            return None
-        rounds.append((q, a))
-    return rounds, "", ()
-
-
-def _any_rounds(messages: list[Any]) -> tuple[list[tuple[str, str]], str, tuple[str, ...]]:
+def _rounds(messages: list[Any]) -> tuple[list[tuple[str, str]], str, tuple[str, ...]]:
     turns: list[list[str]] = []  # [role, text]
     for message in messages:
         role, text = message["from"], message["value"]

@@ -6,21 +6,24 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import xxhash
 
+from llava_tune.constants import IMAGE_TOKEN_INDEX
 from llava_tune.data.layout import TokenizedBatch
+from llava_tune.data.sources import Source
 from llava_tune.errors import InputError
 from llava_tune.paths import whole_file, write_whole
 
 if TYPE_CHECKING:
     import datasets
-    import numpy as np
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "llava_tune_manifest.json"
 LEFT_OUT = "left_out.jsonl"
 PARTS = "parts"
@@ -72,11 +75,17 @@ def to_arrow(batch: TokenizedBatch) -> pa.RecordBatch:
             pa.array(batch.ids, pa.string()),
             pa.ListArray.from_arrays(offsets, pa.array(batch.input_ids)),
             pa.ListArray.from_arrays(offsets, pa.array(batch.labels)),
-            pa.array(batch.images, pa.list_(pa.string())),
+            _lists(batch.images),
             pa.array(batch.lengths),
         ],
         schema=SCHEMA,
     )
+
+
+def _lists(rows: list[list[str]]) -> pa.ListArray:
+    offsets = np.zeros(len(rows) + 1, np.int32)
+    np.cumsum(np.fromiter(map(len, rows), np.int32, len(rows)), out=offsets[1:])
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(list(chain.from_iterable(rows)), pa.string()))
 
 
 def part_name(index: int) -> str:
@@ -161,21 +170,25 @@ def check_spec(folder: Path, manifest: dict[str, Any], spec: StoreSpec) -> None:
     )
 
 
-def check_source(folder: Path, manifest: dict[str, Any], path: Path) -> None:
+def check_source(folder: Path, manifest: dict[str, Any], source: Source) -> None:
     """Compare a source file with what the store was made from: size, then time, then content.
 
     Raises:
         InputError: the content differs.
     """
-    known = next((s for s in manifest["sources"] if s["name"] == path.name), None)
-    if known is None or not path.is_file():
+    known = next((s for s in manifest["sources"] if s["name"] == source.path.name), None)
+    if known is None:
         return
-    stat = path.stat()
-    if stat.st_size == known["bytes"] and (stat.st_mtime_ns == known["mtime_ns"] or file_hash(path) == known["xxh3"]):
-        return
+    if source.bytes == known["bytes"]:
+        if source.mtime_ns == known["mtime_ns"]:
+            return
+        for _ in source.spans():
+            pass
+        if source.digest() == known["xxh3"]:
+            return
     raise InputError(
-        f"{path} has changed since the store {folder} was made from it ({known['bytes']:,} bytes then, {stat.st_size:,} now). "
-        "Prepare again into another folder, or leave out dataset.data_path to use the store as it is"
+        f"{source.path} has changed since the store {folder} was made from it ({known['bytes']:,} bytes then, {source.bytes:,} "
+        "now). Prepare again into another folder, or leave out dataset.data_path to use the store as it is"
     )
 
 
@@ -203,3 +216,75 @@ def column_lengths(rows: datasets.Dataset) -> np.ndarray:
     """The `length` column, int32 [samples], without a walk over the rows."""
     column: Any = rows.data.column("length")
     return column.to_numpy()
+
+
+def images_of(value: Any) -> list[str]:
+    """An `image` cell as a list: ours is one; XTuner's is a path, or nothing."""
+    return value if isinstance(value, list) else [value] if value else []
+
+
+def open_foreign(folder: Path, image_tokens: int) -> tuple[datasets.Dataset, np.ndarray, dict[str, Any]]:
+    """A folder that another program (XTuner's process_untokenized_llava_data.py) tokenized: its rows, the samples' lengths (int32,
+    each image counted as `image_tokens`), and a manifest of what was found.
+
+    Nothing says with which tokenizer or template it was made; only its columns and ids are checked.
+
+    Raises:
+        InputError: it can't be opened, a column is missing or of another type, or ids and labels don't agree.
+    """
+    import datasets
+
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    try:
+        rows: Any = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder}: `datasets.load_from_disk` can't open it: {error}") from error
+    if not isinstance(rows, datasets.Dataset):
+        raise InputError(f"{folder}: holds several splits ({', '.join(rows)}); name the folder of one of them")
+    columns = {name: rows.data.column(name) for name in ("input_ids", "labels") if name in rows.column_names}
+    for name in ("input_ids", "labels"):
+        kind = columns[name].type if name in columns else None
+        if kind is None or not (pa.types.is_list(kind) and pa.types.is_integer(kind.value_type)):
+            raise InputError(
+                f"{folder}: expected a column {name!r} of lists of integers, found {kind or 'none'}; it has "
+                f"{', '.join(rows.column_names)}"
+            )
+    lengths, images = _foreign_lengths(folder, columns["input_ids"], columns["labels"])
+    listed = rows.data.column("image") if "image" in rows.column_names else None
+    named = sum(len(images_of(v)) for v in listed.to_pylist()) if listed is not None else 0
+    if named != int(images.sum()):
+        raise InputError(
+            f"{folder}: input_ids hold {int(images.sum()):,} image placeholders ({IMAGE_TOKEN_INDEX}), the column 'image' names "
+            f"{named:,} images. It can't be trained on; prepare it again with `llava-tune prepare`"
+        )
+    if listed is None:
+        rows = rows.add_column("image", pa.nulls(len(rows), pa.string()))
+    if "id" not in rows.column_names:
+        rows = rows.add_column("id", pa.array([f"row {i}" for i in range(len(rows))]))
+    data = {"name": folder.name, "samples": len(rows), "images": named}
+    manifest = {
+        "spec": None,
+        "sources": [{"name": str(folder.resolve())}],
+        "data_sets": [data],
+        "samples": len(rows),
+        "images": named,
+    }
+    return rows, (lengths + images * (image_tokens - 1)).astype(np.int32), manifest
+
+
+def _foreign_lengths(folder: Path, input_ids: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, image placeholders) of each row, int64, from the columns' buffers."""
+    lengths, images = [], []
+    for ids, targets in zip(input_ids.chunks, labels.chunks, strict=True):
+        if not ids.value_lengths().equals(targets.value_lengths()):
+            raise InputError(
+                f"{folder}: input_ids and labels differ in length. Prepare it again with `llava-tune prepare`"
+            )
+        counts = ids.value_lengths().to_numpy(zero_copy_only=False)
+        is_image = ids.flatten().to_numpy() == IMAGE_TOKEN_INDEX
+        before = np.concatenate([[0], np.cumsum(is_image)])
+        ends = np.concatenate([[0], np.cumsum(counts)])
+        lengths.append(counts)
+        images.append(np.diff(before[ends]))
+    return np.concatenate(lengths), np.concatenate(images)

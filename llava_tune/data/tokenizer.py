@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import orjson
+
+from llava_tune.data.words import cut_table
 from llava_tune.errors import InputError
 from llava_tune.paths import cache_folder, whole_folder
 
@@ -19,6 +22,7 @@ INTERNLM2_CHAT_TOKENS = {"[UNUSED_TOKEN_145]": "<|im_end|>", "[UNUSED_TOKEN_146]
 """What InternLM2's chat models call two unused pieces of the vocabulary."""
 
 _CONVERSION = "2"  # raise it when the conversion below changes: it is part of the cache's key
+_VOCABULARY = "1"  # raise it when what is kept of a vocabulary changes
 
 
 def tokenizer_folder(name: str) -> str:
@@ -119,44 +123,60 @@ class Vocabulary:
     """What preparing needs of a tokenizer, read from its files without transformers (which imports torch).
 
     Attributes:
-        backend: the tokenizer.json, parsed.
+        plain_json: the tokenizer.json without its special tokens and post-processor: it encodes every string as ordinary text.
+        added: the added tokens' ids.
+        special_ids: ids of the special ones, without the one for unknown text.
         bos, eos: ids, or None.
+        cut_after: bytes behind which a text may be cut before a space (`words.cut_table`); None: texts can't be cut.
+        fingerprint: sha256 of all that decides the ids.
     """
 
-    backend: dict[str, Any]
+    plain_json: str
+    added: dict[str, int]
+    special_ids: tuple[int, ...]
     bos: int | None
     eos: int | None
+    cut_after: tuple[int, ...] | None
+    fingerprint: str
 
-    @property
-    def special_ids(self) -> set[int]:
-        """Ids of the special added tokens, without the one for unknown text."""
-        unknown = self.backend["model"].get("unk_token")
-        return {t["id"] for t in self.backend["added_tokens"] if t["special"] and t["content"] != unknown}
+    @staticmethod
+    def of(backend: dict[str, Any], bos: str | None, eos: str | None) -> Vocabulary:
+        """From a parsed tokenizer.json and the names of two tokens."""
+        added = {t["content"]: t["id"] for t in backend["added_tokens"]}
+        unknown = backend["model"].get("unk_token")
+        special = [t["id"] for t in backend["added_tokens"] if t["special"] and t["content"] != unknown]
+        content = {**backend, "truncation": None, "padding": None}
+        ends = added.get(bos or ""), added.get(eos or "")
+        text = orjson.dumps([content, *ends], option=orjson.OPT_SORT_KEYS)
+        plain = _plain(backend)
+        table = cut_table(plain)
+        return Vocabulary(
+            plain_json=orjson.dumps(plain, option=orjson.OPT_SORT_KEYS).decode(),
+            added=added,
+            special_ids=tuple(special),
+            bos=ends[0],
+            eos=ends[1],
+            cut_after=None if table is None else tuple(np.flatnonzero(table).tolist()),
+            fingerprint=hashlib.sha256(text).hexdigest(),
+        )
 
-    def id_of(self, token: str) -> int | None:
-        """The id of an added token, or None."""
-        return next((t["id"] for t in self.backend["added_tokens"] if t["content"] == token), None)
 
-    def plain_json(self) -> str:
-        """The tokenizer without its special tokens and post-processor: it encodes every string as ordinary text."""
-        plain = {**self.backend, "post_processor": None, "truncation": None, "padding": None}
-        plain["added_tokens"] = [t for t in self.backend["added_tokens"] if not t["special"]]
-        metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": False}
-        if plain["pre_tokenizer"] == metaspace and plain["normalizer"] is None:
-            # The same mapping as a normalizer, which fastokens reads too.
-            plain["pre_tokenizer"] = None
-            plain["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-        return json.dumps(plain, ensure_ascii=False, sort_keys=True)
-
-    def fingerprint(self) -> str:
-        """sha256 of all that decides the ids."""
-        content = {**self.backend, "truncation": None, "padding": None}
-        text = json.dumps([content, self.bos, self.eos], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+def _plain(backend: dict[str, Any]) -> dict[str, Any]:
+    plain = {**backend, "post_processor": None, "truncation": None, "padding": None}
+    plain["added_tokens"] = [t for t in backend["added_tokens"] if not t["special"]]
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": False}
+    if plain["pre_tokenizer"] == metaspace and plain["normalizer"] is None:
+        # The same mapping as a normalizer, which fastokens reads too.
+        plain["pre_tokenizer"] = None
+        plain["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    merges = plain["model"].get("merges")
+    if merges and not isinstance(merges[0], str) and not any(" " in left or " " in right for left, right in merges):
+        plain["model"] = {**plain["model"], "merges": [f"{left} {right}" for left, right in merges]}  # faster to load
+    return plain
 
 
 def load_vocabulary(name: str) -> Vocabulary:
-    """The vocabulary of a tokenizer folder or Hub name.
+    """The vocabulary of a tokenizer folder or Hub name; kept in the cache once it is made.
 
     Raises:
         InputError: there is none.
@@ -165,21 +185,30 @@ def load_vocabulary(name: str) -> Vocabulary:
     files = _local_files(folder)
     if files is None:
         tokenizer = load_tokenizer(folder)
-        return Vocabulary(
-            json.loads(tokenizer.backend_tokenizer.to_str()), tokenizer.bos_token_id, tokenizer.eos_token_id
-        )
+        backend = orjson.loads(tokenizer.backend_tokenizer.to_str())
+        return Vocabulary.of(backend, tokenizer.bos_token, tokenizer.eos_token)
+    contents = [path.read_bytes() for path in files]
+    key = hashlib.sha256(b"\0".join([*contents, _VOCABULARY.encode()])).hexdigest()[:24]
+    kept = cache_folder() / "vocabularies" / key
+    if kept.is_dir():
+        facts = orjson.loads((kept / "facts.json").read_bytes())
+        facts = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()}
+        return Vocabulary(plain_json=(kept / "plain.json").read_text(encoding="utf-8"), **facts)
     try:
-        backend, config = (json.loads(path.read_text()) for path in files)
+        backend, config = map(orjson.loads, contents)
     except ValueError as error:
         raise InputError(f"tokenizer {name!r}: not valid JSON: {_first_line(error)}") from error
-    vocabulary = Vocabulary(backend, None, None)
 
-    def special(key: str) -> int | None:
+    def special(key: str) -> str | None:
         token = config.get(key)
-        content = token.get("content") if isinstance(token, dict) else token
-        return vocabulary.id_of(content) if content else None
+        return token.get("content") if isinstance(token, dict) else token
 
-    return Vocabulary(backend, special("bos_token"), special("eos_token"))
+    vocabulary = Vocabulary.of(backend, special("bos_token"), special("eos_token"))
+    with whole_folder(kept) as beside:
+        (beside / "plain.json").write_text(vocabulary.plain_json, encoding="utf-8")
+        facts = {k: v for k, v in asdict(vocabulary).items() if k != "plain_json"}
+        (beside / "facts.json").write_bytes(orjson.dumps(facts))
+    return vocabulary
 
 
 def _local_files(name: str) -> tuple[Path, Path] | None:

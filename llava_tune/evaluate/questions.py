@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llava_tune.constants import IMAGE_PLACEHOLDER
+from llava_tune.data.formats import detect_format
+from llava_tune.data.parts import rows_of
 from llava_tune.data.records import BadRecord, parse_record
-from llava_tune.data.sources import Source, read_span, split_records
+from llava_tune.data.sources import BadRow, open_sources
 from llava_tune.errors import InputError
 from llava_tune.evaluate.metrics import Question
 
@@ -23,25 +24,22 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
     Raises:
         InputError: missing, not LLaVA's format, or a record is wrong (named by its line).
     """
-    source = Source(path)
     questions: list[Question] = []
-    line_offset = 1
-    for span in source.spans():
-        text = read_span(path, span)
-        for line, raw in split_records(text, source.format):
-            questions += _questions_of(path, line_offset + line, raw)
-        line_offset += text.count(b"\n")
+    for source in open_sources(str(path)):
+        for number, row in rows_of(source, detect_format(source), None):
+            questions += _questions_of(source.path, f"{source.unit} {number}", row)
     if not questions:
         raise InputError(f"{path}: holds no question")
     return questions[:limit] if limit else questions
 
 
-def _questions_of(path: Path, line: int, raw: bytes) -> list[Question]:
+def _questions_of(path: Path, where: str, data: Any) -> list[Question]:
     try:
-        data: Any = json.loads(raw)
-        record = parse_record(data, f"line {line}")
-    except (BadRecord, ValueError) as error:
-        raise InputError(f"{path}, line {line}: {error}") from error
+        if isinstance(data, BadRow):
+            raise data
+        record = parse_record(data, where)
+    except (BadRecord, BadRow) as error:
+        raise InputError(f"{path}, {where}: {error}") from error
     found = []
     several = len(record.rounds) > 1
     for k, (question, truth) in enumerate(record.rounds):

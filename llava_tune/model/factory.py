@@ -37,10 +37,10 @@ def build_llava(model: Model, *, dtype: torch.dtype = torch.float32, seed: int =
         InputError: a part, weights file or checkpoint is not there or doesn't fit.
     """
     torch.manual_seed(seed)
-    vision = build_vision(model.vision)
+    vision = build_vision(model.vision) if model.vision is not None else None
     llm = build_language_model(model.llm, dtype)
-    projector = build_projector(model.projector, vision.dim, llm.config.hidden_size)
-    if model.vision.lora.rank:
+    projector = build_projector(model.projector, vision.dim, llm.config.hidden_size) if vision is not None else None
+    if vision is not None and model.vision is not None and model.vision.lora.rank:
         add_lora(vision, model.vision.lora)
     llava = Llava(vision, projector, llm)
     freeze(llava, model)
@@ -54,7 +54,8 @@ def build_llava(model: Model, *, dtype: torch.dtype = torch.float32, seed: int =
 
 def freeze(llava: Llava, model: Model) -> None:
     """Set requires_grad as the config says: a frozen part trains only its adapters."""
-    frozen = {"vision": model.vision.freeze, "projector": model.projector.freeze, "llm": model.llm.freeze}
+    vision = model.vision is None or model.vision.freeze
+    frozen = {"vision": vision, "projector": model.projector.freeze, "llm": model.llm.freeze}
     for name, parameter in llava.named_parameters():
         trained = "lora_" in name or not frozen[name.split(".", 1)[0]]
         parameter.requires_grad_(trained and parameter.is_floating_point())
@@ -62,9 +63,9 @@ def freeze(llava: Llava, model: Model) -> None:
 
 def drawn_parts(model: Model) -> frozenset[str]:
     """Parts whose weights are drawn at random, so that a checkpoint must hold them even where they are frozen."""
-    parts = {"projector"}
-    if model.vision.pretrained is None:
-        parts.add("vision")
+    parts = set()
+    if model.vision is not None:
+        parts |= {"projector"} if model.vision.pretrained else {"projector", "vision"}
     if model.llm.weights == "random":
         parts.add("llm")
     if model.init_from is not None:
@@ -149,7 +150,7 @@ def checkpoint_run(checkpoint: Path) -> Run:
     llm, vision = model.llm, model.vision
     if (checkpoint / LLM_FOLDER / "config.json").is_file():
         llm = dataclasses.replace(llm, name=str(checkpoint / LLM_FOLDER))
-    if (checkpoint / VISION_CONFIG).is_file():
+    if vision is not None and (checkpoint / VISION_CONFIG).is_file():
         vision = dataclasses.replace(vision, name=str(checkpoint / VISION_CONFIG))
     llm = dataclasses.replace(llm, tokenizer=str(checkpoint / LLM_FOLDER))
     return dataclasses.replace(run, model=dataclasses.replace(model, llm=llm, vision=vision))
@@ -160,7 +161,7 @@ def write_parts(llava: Llava, run: Run, folder: Path) -> None:
     (folder / RUN_CONFIG).write_text(to_json(run))
     if run.model.llm.weights == "random":
         llava.llm.config.save_pretrained(folder / LLM_FOLDER)
-    if run.model.vision.name.endswith(".json"):
+    if run.model.vision is not None and run.model.vision.name.endswith(".json"):
         shutil.copyfile(run.model.vision.name, folder / VISION_CONFIG)
 
 

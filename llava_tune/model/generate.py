@@ -32,8 +32,8 @@ def generate(
         streamer: a transformers streamer, for one prompt.
         synced: all ranks generate together (ZeRO-3).
     """
-    device = next(llava.projector.parameters()).device
-    tokens = llava.vision.tokens
+    device = llava.llm.get_input_embeddings().weight.device
+    tokens = llava.vision.tokens if llava.vision is not None else 1
     rows = [np.repeat(p, np.where(np.array(p) == IMAGE_TOKEN_INDEX, tokens, 1)) for p in prompts]
     length = max(len(r) for r in rows)
     ids = torch.zeros(len(rows), length, dtype=torch.int64)

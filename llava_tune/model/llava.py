@@ -15,14 +15,14 @@ _HEAD_EXTRAS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 class Llava(nn.Module):
-    """A vision tower, a projector and a language model (LLaVA, arXiv:2304.08485).
+    """A vision tower, a projector and a language model (LLaVA, arXiv:2304.08485); or a language model alone.
 
     Batches come with each image's placeholder already repeated once a patch, so nothing here changes a shape.
     """
 
     accepts_loss_kwargs = True  # the Trainer then passes num_items_in_batch
 
-    def __init__(self, vision: VisionEncoder, projector: nn.Module, llm: Any) -> None:
+    def __init__(self, vision: VisionEncoder | None, projector: nn.Module | None, llm: Any) -> None:
         super().__init__()
         self.vision = vision
         self.projector = projector
@@ -47,7 +47,7 @@ class Llava(nn.Module):
         """
         is_patch = input_ids == IMAGE_TOKEN_INDEX
         embeddings: Tensor = self.llm.get_input_embeddings()(input_ids.masked_fill(is_patch, 0))
-        if pixel_values is None:
+        if pixel_values is None or self.vision is None or self.projector is None:
             return embeddings
         frozen = not any(p.requires_grad for p in self.vision.parameters())
         with torch.no_grad() if frozen else torch.enable_grad():
@@ -116,7 +116,7 @@ class Llava(nn.Module):
         """Recompute activations of the language model, and of the vision tower if it is trained."""
         kwargs = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
         self.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
-        if any(p.requires_grad for p in self.vision.parameters()) and hasattr(
-            self.vision.visual, "set_grad_checkpointing"
-        ):
+        if self.vision is None or not any(p.requires_grad for p in self.vision.parameters()):
+            return
+        if hasattr(self.vision.visual, "set_grad_checkpointing"):
             self.vision.visual.set_grad_checkpointing(True)

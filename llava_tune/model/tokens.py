@@ -13,12 +13,14 @@ from llava_tune.model.shape import vision_config
 from llava_tune.paths import cache_folder, write_whole
 
 
-def image_tokens(vision: VisionTower) -> int:
-    """Patch tokens that one image gives.
+def image_tokens(vision: VisionTower | None) -> int:
+    """Patch tokens that one image gives; 0 without a tower.
 
     Raises:
         InputError: see `vision_config`; or the image size is not a multiple of the patch size.
     """
+    if vision is None:
+        return 0
     config = vision_config(vision)
     cfg = config["vision_cfg"]
     if cfg.get("timm_model_name"):

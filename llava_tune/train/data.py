@@ -10,25 +10,27 @@ from dataclasses import asdict
 from pathlib import Path
 
 from llava_tune.config import Run
-from llava_tune.data.prepare import Plan, Progress, make_plan, prepare_plan
-from llava_tune.data.store import MANIFEST, check_source, check_spec, read_manifest
-from llava_tune.errors import InputError
+from llava_tune.data.prepare import Plan, Progress, check_plan, make_plan, prepare_plan
+from llava_tune.data.store import MANIFEST, read_manifest
 from llava_tune.paths import cache_folder, write_whole
 from llava_tune.train.launch import rank
 from llava_tune.train.waiting import once
 
 
 def cached_store(plan: Plan) -> Path:
-    """Where the cache keeps the store of a plan: the name is a hash of the settings and of the source's identity."""
-    if plan.source is None:
-        raise InputError("dataset.data_path is not set")
-    if not plan.source.is_file():
-        raise InputError(
-            f"data_path {plan.source}: no such file. Expected a LLaVA JSON (one array of records) or JSONL file"
-        )
-    stat = plan.source.stat()
-    key = [asdict(plan.spec), str(plan.source.resolve()), stat.st_size, stat.st_mtime_ns]
+    """Where the cache keeps the store of a plan: the name is a hash of the settings and of the sources' identities.
+
+    Raises:
+        InputError: a source is missing or broken.
+    """
+    sources = [[str(s.path.resolve()), s.format, *s.identity()] for _, s in plan.open()]
+    key = [asdict(plan.spec), sources, [planned.convert_hash for planned in plan.sets]]
     return cache_folder() / "datasets" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
+
+
+def is_foreign(run: Run, folder: Path) -> bool:
+    """Whether a folder is another program's, and the config says to take it."""
+    return run.dataset.trust_processed_folder and folder.is_dir() and not (folder / MANIFEST).is_file()
 
 
 def ready_store(run: Run) -> Path:
@@ -38,15 +40,17 @@ def ready_store(run: Run) -> Path:
         InputError: the given store doesn't fit, or the data is wrong.
         TimeoutError: another process prepares it and makes no progress.
     """
-    plan = make_plan(run)
     given = run.dataset.offline_processed_text_folder
+    if given is not None and is_foreign(run, Path(given)):
+        if rank() == 0:
+            print(
+                f"{given} has no manifest: its tokenizer, template and max_length are taken on trust", file=sys.stderr
+            )
+        return Path(given)
+    plan = make_plan(run)
     if given is not None:
-        folder = Path(given)
-        manifest = read_manifest(folder)
-        check_spec(folder, manifest, plan.spec)
-        if plan.source is not None:
-            check_source(folder, manifest, plan.source)
-        return folder
+        check_plan(Path(given), read_manifest(Path(given)), plan)
+        return Path(given)
     folder = cached_store(plan)
     once(
         lock=folder.with_suffix(".lock"),
@@ -69,7 +73,7 @@ def _prepare(plan: Plan, folder: Path) -> None:
         write_whole(folder.with_suffix(".progress"), text)
         if time.monotonic() - last > 10:
             last = time.monotonic()
-            print(f"preparing {plan.source}: {text}", file=sys.stderr, flush=True)
+            print(f"preparing {', '.join(s.name for s in plan.sets)}: {text}", file=sys.stderr, flush=True)
 
     done = prepare_plan(plan, folder, report=report)
     folder.with_suffix(".progress").unlink(missing_ok=True)

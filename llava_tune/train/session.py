@@ -17,13 +17,17 @@ from llava_tune.config import Run
 from llava_tune.data import Collator, ImageTransform, LlavaDataset
 from llava_tune.data.images import image_transform
 from llava_tune.data.layout import Layout
+from llava_tune.data.mix import describe_mix, image_folders, shares
 from llava_tune.data.order import BatchOrder
 from llava_tune.data.prepare import make_layout
+from llava_tune.data.store import read_manifest
 from llava_tune.data.tokenizer import load_tokenizer
 from llava_tune.errors import InputError
 from llava_tune.model.factory import build_llava
 from llava_tune.model.llava import Llava
+from llava_tune.model.tokens import image_tokens
 from llava_tune.train.checkpoint import check_resume, checkpoints, clear_staging, find_resume, step_of
+from llava_tune.train.data import is_foreign
 from llava_tune.train.launch import collective_timeout, rank, world_size
 from llava_tune.train.preview import PreviewCallback
 from llava_tune.train.telemetry import Telemetry, draw_loss_curve
@@ -52,8 +56,18 @@ def run_session(
     """Train on a store that is ready, in a process group that has begun. See `train`."""
     main = rank() == 0
     transform = image_transform(run.model.vision, run.dataset.pad_image_to_square)
-    dataset = LlavaDataset(store, run.dataset.image_folder, transform, quarantine=work_dir / "quarantine.jsonl")
-    fingerprint = {"samples": len(dataset), "spec": dataset.manifest["spec"], "sources": dataset.manifest["sources"]}
+    dataset = _dataset(run, store, transform, work_dir)
+    taken = shares(run.dataset, dataset.manifest)
+    if run.model.vision is None and dataset.manifest["images"]:
+        raise InputError(
+            f"model.vision is None, but the data has {dataset.manifest['images']:,} images. Set model.vision, or train on text alone"
+        )
+    fingerprint = {
+        "samples": len(dataset),
+        "spec": dataset.manifest["spec"],
+        "sources": dataset.manifest["sources"],
+        "mix": [[share.start, share.stop, share.count] for share in taken],
+    }
     checkpoint = find_resume(resume, work_dir) if resume else None
     if checkpoint is not None:
         check_resume(checkpoint, run, fingerprint)
@@ -67,6 +81,7 @@ def run_session(
     start_step = step_of(checkpoint) if checkpoint else 0
     order = BatchOrder(
         dataset.lengths,
+        shares=taken,
         seed=run.training.seed,
         global_batch_size=run.training.global_batch_size,
         micro_batch_size=run.training.micro_batch_size,
@@ -74,7 +89,7 @@ def run_session(
         rank=rank(),
         world_size=world_size(),
         start_step=start_step,
-        total_steps=total_steps(run, len(dataset)),
+        total_steps=total_steps(run, sum(share.count for share in taken)),
     )
     arguments = _arguments(run, work_dir, accumulation, order.total_steps, deepspeed)
     transformers.set_seed(run.training.seed)
@@ -89,6 +104,14 @@ def run_session(
     if main:
         _finish(dataset, work_dir)
     return Trained(work_dir, checkpoints(work_dir)[-1], order.total_steps)
+
+
+def _dataset(run: Run, store: Path, transform: ImageTransform, work_dir: Path) -> LlavaDataset:
+    foreign = is_foreign(run, store)
+    patches = image_tokens(run.model.vision)
+    folders: Any = run.dataset.image_folder if foreign else image_folders(run.dataset, read_manifest(store))
+    quarantine = work_dir / "quarantine.jsonl"
+    return LlavaDataset(store, folders, transform, quarantine, foreign=foreign, image_tokens=patches)
 
 
 def _arguments(
@@ -149,7 +172,7 @@ def _trainer(
         args=arguments,
         tokenizer=tokenizer,
         dataset=dataset,
-        collator=Collator(llava.vision.tokens, transform.size),
+        collator=Collator(image_tokens(run.model.vision), transform.size),
         order=order,
         data_fingerprint=fingerprint,
         callbacks=callbacks,
@@ -175,6 +198,7 @@ def _announce(
     lines = [
         f"model: {parts}",
         f"data: {len(dataset):,} samples, {int(dataset.lengths.sum(dtype='int64')):,} tokens",
+        *(f"  {line}" for line in (describe_mix(dataset.manifest, order.shares) if len(order.shares) > 1 else [])),
         f"batches: {order.global_batch_size} global = {order.world_size} rank(s) x {order.micro_batch_size} x "
         f"{order.accumulation} accumulated; {order.total_steps} steps, {order.total_steps / order.steps_per_epoch:.2f} epochs",
         f"work dir: {work_dir}" + (f", resuming from {checkpoint}" if checkpoint else ""),

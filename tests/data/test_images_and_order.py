@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from llava_tune.data.images import OPENAI_MEAN, BadImage, ImageTransform
-from llava_tune.data.order import BatchOrder, epoch_order
+from llava_tune.data.order import BatchOrder, Epoch, Share
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -95,6 +95,12 @@ def test_global_batches_do_not_depend_on_ranks_or_micro_batches() -> None:
     for ranks, micro in ((1, 1), (2, 2), (4, 1), (8, 1)):
         assert steps(ranks, micro) == reference
     assert steps(2, 2, start=17) == reference[17:]
+
+
+def epoch_order(lengths: np.ndarray, epoch: int, seed: int, batch: int, group: bool) -> np.ndarray:
+    shares = [Share(0, len(lengths), len(lengths))]
+    found = Epoch(lengths, shares, epoch=epoch, seed=seed, global_batch_size=batch, group_by_length=group)
+    return np.stack([found[i] for i in range(len(found))])
 
 
 def test_an_epoch_has_every_sample_and_little_padding() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,8 +19,9 @@ import datasets
 import pytest
 
 from llava_tune.config import load_run
-from llava_tune.data import prepare, sources
+from llava_tune.data import prepare
 from llava_tune.data import store as stores
+from llava_tune.data.sources import base
 from llava_tune.errors import InputError
 from tests.conftest import Finished, Small, wrong_input
 
@@ -46,8 +48,10 @@ def many_records(small: Small, path: Path, count: int) -> Path:
 # A part of the store is a few kilobytes of source here, so that a small file has many.
 TINY_PARTS = """
 import sys
-import llava_tune.data.sources as s
+import llava_tune.data.sources.base as s
 s.PART_BYTES = 30_000
+import llava_tune.data.prepare
+sys.modules["llava_tune.data.prepare"].SMALL_BYTES = 0
 from llava_tune.cli.main import main
 if __name__ == "__main__":
     main()
@@ -81,40 +85,53 @@ def test_the_tool_is_the_same_as_the_verb(small: Small, cli: Callable[..., Finis
 
 
 @pytest.mark.slow
-def test_kill_9_at_random_moments_and_any_number_of_processes(small: Small, tmp_path: Path) -> None:
-    data = many_records(small, tmp_path / "many.json", 6000)
+def test_kill_9_at_20_moments_of_three_shards_with_four_processes(small: Small, tmp_path: Path) -> None:
+    data = many_records(small, tmp_path / "many.json", 20_000)
     script = tmp_path / "tiny_parts.py"
     script.write_text(TINY_PARTS)
 
-    def command(folder: Path, processes: int) -> list[str]:
-        fields = ["--dataset.data-path", str(data), "--dataset.num-proc", str(processes)]
+    def command(folder: Path, processes: int, *more: str) -> list[str]:
+        fields = ["--dataset.data-path", str(data), "--num-proc", str(processes), *more]
         return [sys.executable, str(script), "prepare", str(small.config), "--save-folder", str(folder), *fields]
 
-    started = time.monotonic()
     subprocess.run(command(tmp_path / "reference", 1), check=True, capture_output=True)
-    whole = time.monotonic() - started
     reference = digest(tmp_path / "reference")
-    assert len([name for name in reference if name.endswith(".arrow")]) > 20
+    assert len([name for name in reference if name.endswith(".arrow")]) > 100
+    started = time.monotonic()
+    subprocess.run(command(tmp_path / "again", 1), check=True, capture_output=True)
+    whole = time.monotonic() - started
+
     rng = random.Random(0)
-    killed = 0
-    for trial in range(6):
-        folder = tmp_path / f"killed{trial}"
-        for _ in range(2):
-            process = subprocess.Popen(
-                command(folder, 2), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-            )
-            time.sleep(rng.uniform(0.4, 1.2) * whole)
-            if process.poll() is None:
-                killed += 1
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            with pytest.raises(InputError):
-                if (folder / stores.MANIFEST).exists():
-                    raise InputError("finished before the kill")
-                stores.open_store(folder)
-        subprocess.run(command(folder, 2), check=True, capture_output=True)
+    caught = kills = 0
+    while kills < 20:
+        folder = tmp_path / f"killed{kills}"
+        for _ in range(4):
+            shards = [
+                subprocess.Popen(
+                    command(folder, 4, "--shard", f"{i}/3"),
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+                for i in (1, 2, 3)
+            ]
+            time.sleep(rng.uniform(0.2, 1.0) * whole)
+            for shard in rng.sample(shards, rng.choice([1, 2, 3])):  # one machine, or several
+                kills += 1
+                caught += shard.poll() is None
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(shard.pid, signal.SIGKILL)
+            for shard in shards:
+                shard.wait()
+            if not (folder / stores.MANIFEST).exists():
+                with pytest.raises(InputError):
+                    stores.open_store(folder)
+        shards = [
+            subprocess.Popen(command(folder, 2, "--shard", f"{i}/3"), stdout=subprocess.DEVNULL) for i in (1, 2, 3)
+        ]
+        assert [shard.wait() for shard in shards] == [0, 0, 0]
         assert digest(folder) == reference
-    assert killed > 3
+    assert caught >= 10, f"only {caught} of {kills} kills came before the end"
 
 
 def bad_cases(good: dict[str, Any]) -> list[dict[str, Any]]:
@@ -149,8 +166,8 @@ def test_bad_records_are_listed_with_id_line_and_reason(
     assert found["no-placeholder"] == (5, "1 image(s) but no <image> in the text")
     assert found["escape"] == (6, "the image path '../../secret.png' leaves the image folder")
     assert found["empty"][0] == 7
-    assert found[""][0] == 11
-    assert "not valid JSON" in found[""][1]
+    assert found["part 0 record 10"][0] == 11
+    assert "not valid JSON" in found["part 0 record 10"][1]
     assert datasets.load_from_disk(str(tmp_path / "a"))["id"][:] == [r["id"] for r in good]
 
 
@@ -302,7 +319,7 @@ def test_disk_full_is_one_error_and_leaves_nothing_half_written(small: Small, tm
 def test_part_size_does_not_change_the_samples(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = load_run(small.config)
     prepare(run, tmp_path / "one", num_proc=1)
-    monkeypatch.setattr(sources, "PART_BYTES", 700)
+    monkeypatch.setattr(base, "PART_BYTES", 700)
     prepare(run, tmp_path / "many", num_proc=1)
     one, many = (datasets.load_from_disk(str(tmp_path / name)) for name in ("one", "many"))
     assert len(list((tmp_path / "many").glob("*.arrow"))) > 10

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_tune.data import sources
-from llava_tune.data.sources import Source, read_span, split_records
+from llava_tune.data.sources import base, open_source
+from llava_tune.data.sources import text as text_source
 from llava_tune.errors import InputError
 
 values = st.recursive(
@@ -40,15 +40,15 @@ def test_json_array_is_cut_into_its_records(
     path = tmp_path_factory.mktemp("s") / "x.json"
     path.write_text(json.dumps(rows, indent=indent, ensure_ascii=ascii_), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "_BLOCK", block)
-        patch.setattr(sources, "PART_BYTES", part)
-        source = Source(path)
+        patch.setattr(text_source, "_BLOCK", block)
+        patch.setattr(base, "PART_BYTES", part)
+        source = open_source(path)
         found = []
         end = None
         for span in source.spans():
             assert end is None or span.start == end
             end = span.end
-            found += [json.loads(raw) for _, raw in split_records(read_span(path, span), "json")]
+            found += [row for _, row in source.read(span).rows()]
     assert found == rows
 
 
@@ -60,10 +60,10 @@ def test_jsonl_is_cut_at_lines(
     path = tmp_path_factory.mktemp("s") / "x.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "_BLOCK", block)
-        patch.setattr(sources, "PART_BYTES", part)
-        source = Source(path)
-        found = [json.loads(raw) for span in source.spans() for _, raw in split_records(read_span(path, span), "jsonl")]
+        patch.setattr(text_source, "_BLOCK", block)
+        patch.setattr(base, "PART_BYTES", part)
+        source = open_source(path)
+        found = [row for span in source.spans() for _, row in source.read(span).rows()]
     assert found == rows
 
 
@@ -72,13 +72,13 @@ def test_an_array_cut_in_half_is_refused(tmp_path: Path) -> None:
     text = json.dumps([{"id": i, "conversations": []} for i in range(10)])
     path.write_text(text[: len(text) // 2])
     with pytest.raises(InputError, match=r"not closed: the file ends inside record 6, after 5 whole ones"):
-        list(Source(path).spans())
+        list(open_source(path).spans())
     path.write_text(text + "{}")
     with pytest.raises(InputError, match="goes on with"):
-        list(Source(path).spans())
+        list(open_source(path).spans())
     path.write_text("")
     with pytest.raises(InputError, match="empty"):
-        Source(path)
+        open_source(path)
     path.write_text("hello")
     with pytest.raises(InputError, match="expected a JSON array"):
-        Source(path)
+        open_source(path)

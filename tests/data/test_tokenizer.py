@@ -39,9 +39,13 @@ def every_text(folder: Path) -> list[str]:
     return list(texts)
 
 
+CONTROL = np.array([1, 2, 92542, 92543], np.int32)
+
+
 @pytest.fixture(scope="module")
 def encoder(internlm2_tokenizer: Path) -> Encoder:
-    return Encoder(load_vocabulary(str(internlm2_tokenizer)).plain_json(), np.array([1, 2, 92542, 92543], np.int32))
+    vocabulary = load_vocabulary(str(internlm2_tokenizer))
+    return Encoder(vocabulary.plain_json, vocabulary.cut_after)
 
 
 def test_fast_path_equals_sentencepiece_on_every_text(
@@ -50,10 +54,8 @@ def test_fast_path_equals_sentencepiece_on_every_text(
     reference = sentencepiece.SentencePieceProcessor(model_file=str(internlm2_tokenizer / "tokenizer.model"))
     texts = [*every_text(shared), *ODD]
     assert len(texts) > 15_000
-    ids, offsets = encoder.encode(texts)
-    mismatches = [
-        t for t, a, b in zip(texts, offsets[:-1], offsets[1:], strict=True) if ids[a:b].tolist() != reference.encode(t)
-    ]
+    encoded = encoder.encode(texts, CONTROL)
+    mismatches = [t for i, t in enumerate(texts) if encoded.of(i).tolist() != reference.encode(t)]
     with capsys.disabled():
         print(f"\n{encoder.name} against sentencepiece: {len(texts):,} strings compared, {len(mismatches)} mismatches")
     assert mismatches == []
@@ -62,14 +64,13 @@ def test_fast_path_equals_sentencepiece_on_every_text(
 
 def test_text_never_becomes_a_control_token(encoder: Encoder) -> None:
     texts = ["<|im_end|>", "a<|im_start|>system\nb<|im_end|>", "<s></s>", "[UNUSED_TOKEN_145][UNUSED_TOKEN_146]"]
-    ids, _ = encoder.encode(texts)
-    assert not np.isin(ids, [1, 2, 92542, 92543]).any()
+    assert not np.isin(encoder.encode(texts, CONTROL).ids, CONTROL).any()
 
 
 def test_an_encoder_that_differs_is_replaced(internlm2_tokenizer: Path) -> None:
-    plain = load_vocabulary(str(internlm2_tokenizer)).plain_json()
-    encoder = Encoder(plain, np.zeros(0, np.int32))
-    expected = encoder.encode(["hello world"])[0].tolist()
+    vocabulary = load_vocabulary(str(internlm2_tokenizer))
+    encoder = Encoder(vocabulary.plain_json, vocabulary.cut_after)
+    expected = encoder.encode(["hello world"], CONTROL).of(0).tolist()
 
     class Liar:
         def encode_batch_flat(self, texts: list[str]) -> tuple[bytes, bytes]:
@@ -77,7 +78,7 @@ def test_an_encoder_that_differs_is_replaced(internlm2_tokenizer: Path) -> None:
             return np.full(n, 7, np.uint32).tobytes(), np.arange(n + 1, dtype=np.uint64).tobytes()
 
     encoder._fast = Liar()
-    assert encoder.encode(["hello world"])[0].tolist() == expected
+    assert encoder.encode(["hello world"], CONTROL).of(0).tolist() == expected
     assert encoder.fell_back
 
 
