@@ -13,7 +13,9 @@ from llava_tune.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RUN_FAILED, InputErr
 VERBS = {
     "list-cfg": ("list_cfg", "[PATTERN]", "list the shipped recipes"),
     "copy-cfg": ("copy_cfg", "NAME FOLDER", "copy one of them to edit it"),
+    "doctor": ("doctor", "CFG", "read all records and images, and say what would harm the run"),
     "prepare": ("prepare", "CFG --save-folder DIR", "tokenize the data ahead of training"),
+    "inspect": ("inspect", "DIR|CFG [--html FILE]", "look at samples as the model will see them"),
     "pretrain": ("pretrain", "CFG [--deepspeed NAME]", "train the projector (stage 1)"),
     "finetune": ("finetune", "CFG [--deepspeed NAME]", "fine-tune (stage 2): full, LoRA or QLoRA"),
     "evaluate": ("evaluate", "CHECKPOINT --data FILE", "answer a question file and score the answers"),

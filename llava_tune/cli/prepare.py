@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_tune.cli.options import FlatRun, parse
+from llava_tune.cli.progress import Bar
 from llava_tune.errors import InputError
 
 if TYPE_CHECKING:
-    from llava_tune.data.prepare import Prepared, Progress, Reporter
+    from llava_tune.data.prepare import Prepared, Progress
 
 DESCRIPTION = "Tokenize a config's data into a folder that training opens at once (offline_processed_text_folder)."
 
@@ -59,7 +59,11 @@ def prepare_and_report(options: Options, folder: Path) -> Prepared:
         done = finalize(run, folder, skip=options.skip)
     else:
         name = str(folder) + (f" (shard {shard})" if shard.count > 1 else "")
-        with _Bar(name) as report:
+        with Bar(f"preparing {name}") as bar:
+
+            def report(progress: Progress) -> None:
+                bar.update(progress.bytes, progress.total_bytes, f"{progress.samples:,} samples")
+
             done = prepare(run, folder, num_proc=options.num_proc, shard=shard, skip=options.skip, report=report)
     seconds = time.monotonic() - started
     if done.was_there:
@@ -87,37 +91,3 @@ def prepare_and_report(options: Options, folder: Path) -> Prepared:
     if done.left_out:
         print(f"{done.left_out:,} records were left out, each with its reason in {folder / 'left_out.jsonl'}")
     return done
-
-
-class _Bar:
-    """A rich bar on a terminal, a line every ten seconds elsewhere."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-        self.last = time.monotonic()
-
-    def __enter__(self) -> Reporter:
-        if not sys.stderr.isatty():
-            return self._line
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("preparing"), BarColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
-        self.task = self.bar.add_task("", total=None, text="")
-        self.bar.start()
-        return self._update
-
-    def __exit__(self, *_: object) -> None:
-        if hasattr(self, "bar"):
-            self.bar.stop()
-
-    def _update(self, progress: Progress) -> None:
-        text = f"{progress.samples:,} samples"
-        self.bar.update(self.task, total=progress.total_bytes, completed=progress.bytes, text=text)
-
-    def _line(self, progress: Progress) -> None:
-        if time.monotonic() - self.last > 10:
-            self.last = time.monotonic()
-            share = progress.bytes / max(progress.total_bytes, 1)
-            print(f"preparing {self.what}: {share:.0%}, {progress.samples:,} samples", file=sys.stderr, flush=True)

@@ -39,6 +39,10 @@ def opened(folder: Path, reference: str) -> Iterator[Image.Image]:
     """
     try:
         file = open_reference(folder, reference)
+        if isinstance(file, Path) and not file.is_file():  # opening a pipe would wait for ever
+            raise BadImage("not a file" if file.exists() else "no such file")
+    except BadImage:
+        raise
     except FileNotFoundError:
         raise BadImage("no such file") from None
     except (ValueError, OSError, KeyError, StopIteration) as error:

@@ -26,6 +26,7 @@ class LayoutSpec:
     control_ids: dict[str, int]
     forbidden: tuple[int, ...]
     bos: int | None
+    longest: int
     max_length: int
     image_tokens: int
     image_position: Literal["front", "as_written"]
@@ -62,6 +63,7 @@ class LayoutSpec:
             control,
             forbidden,
             vocabulary.bos,
+            vocabulary.longest,
             max_length,
             image_tokens,
             image_position,
@@ -80,8 +82,7 @@ class TokenizedBatch:
         ids, images: of each sample.
         rows: int64 [samples], the index of each sample's record among those given.
         unsupervised: (index into the records given, why) of the records that gave no sample.
-        truncated: samples cut to max_length.
-        truncated_tokens: supervised tokens that were cut off.
+        cut: (index into the records given, its tokens before, supervised tokens lost) of the samples cut to max_length.
     """
 
     input_ids: np.ndarray
@@ -92,8 +93,7 @@ class TokenizedBatch:
     images: list[list[str]]
     rows: np.ndarray
     unsupervised: list[tuple[int, str]] = field(default_factory=list)
-    truncated: int = 0
-    truncated_tokens: int = 0
+    cut: list[tuple[int, int, int]] = field(default_factory=list)
 
     def keep(self, wanted: np.ndarray) -> TokenizedBatch:
         """The samples for which `wanted` (bool [samples]) is true."""
@@ -132,8 +132,7 @@ def merge(first: TokenizedBatch, second: TokenizedBatch) -> TokenizedBatch:
         [images[i] for i in order.tolist()],
         rows[order],
         sorted(first.unsupervised + second.unsupervised),
-        first.truncated + second.truncated,
-        first.truncated_tokens + second.truncated_tokens,
+        sorted(first.cut + second.cut),
     )
 
 
@@ -148,6 +147,7 @@ class Layout:
         self.spec = spec
         self.encoder = encoder or Encoder(spec.plain_json, spec.cut_after)
         self._forbidden = np.array(spec.forbidden, np.int32)
+        self._most_characters = (spec.max_length + 1) * spec.longest
         self._constants: list[np.ndarray] = []
         self._supervised: list[bool] = []
         template = spec.template
@@ -257,6 +257,9 @@ class Layout:
         texts: list[str],
         supervised: np.ndarray,
     ) -> TokenizedBatch:
+        most = self._most_characters
+        if any(map(most.__lt__, map(len, texts))):  # what lies behind can't be within max_length, whatever its tokens
+            texts = [text[:most] for text in texts]
         encoded = self.encoder.encode(texts, self._forbidden)
         # A piece is one or more units: a constant is one, a text is its words. A unit is a run of ids in the pool.
         constants = self._constants
@@ -302,8 +305,7 @@ class Layout:
             row = batch.input_ids[a:b]
             sizes = np.cumsum(np.where(row == IMAGE_TOKEN_INDEX, self.spec.image_tokens, 1))
             n = int(np.searchsorted(sizes, limit, side="right"))
-            batch.truncated += 1
-            batch.truncated_tokens += int(np.count_nonzero(batch.labels[a + n : b] != IGNORE_INDEX))
+            batch.cut.append((i, int(sizes[-1]), int(np.count_nonzero(batch.labels[a + n : b] != IGNORE_INDEX))))
             if (batch.labels[a : a + n] == IGNORE_INDEX).all():
                 batch.unsupervised.append(
                     (i, f"nothing supervised within max_length {limit} (it has {sizes[-1]} tokens)")

@@ -76,7 +76,7 @@ class Worker:
     def __init__(self, job: Job) -> None:
         self.job = job
         self._layouts: dict[Template, Layout] = {}
-        self._source = functools.lru_cache(maxsize=4)(open_source)
+        self.source = functools.lru_cache(maxsize=4)(open_source)
 
     def layout(self, spec: LayoutSpec) -> Layout:
         if spec.template not in self._layouts:
@@ -89,8 +89,8 @@ class Worker:
         path, set_index = self.job.files[task.file]
         data = self.job.sets[set_index]
         layout = self.layout(data.layout)
-        source = self._source(path)
-        part = _Part(task, source, layout, self.job.skip)
+        source = self.source(path)
+        part = Part(task, source, layout, self.job.skip)
         chunk = source.read(task.span)
         records = part.records(chunk, converter(data.format, data.convert))
         with part_writer(self.job.folder, task.index) as writer:
@@ -113,14 +113,14 @@ class Worker:
         return facts
 
 
-class _Part:
+class Part:
     """The records of one part on their way through, and what is noted about them."""
 
     def __init__(self, task: Task, source: Source, layout: Layout, skip: frozenset[str]) -> None:
         self.task, self.source, self.layout, self.skip = task, source, layout, skip
         self.counts = {"samples": 0, "images": 0, "tokens": 0, "supervised": 0, "truncated": 0, "truncated_tokens": 0}
         self.fixes: dict[str, int] = {}
-        self._left_out: list[tuple[int, str, str]] = []  # index of the record in the part, id, why
+        self.left_out: list[tuple[int, str, str]] = []  # index of the record in the part, id, why
         self._places: list[int] | None = None  # line or row of each record in the part, where they were needed
 
     def records(self, chunk: Chunk, convert: Convert | None) -> Sequence[RawRecord | Record | None]:
@@ -148,10 +148,10 @@ class _Part:
             try:
                 return msgspec.convert(row, RawRecord)
             except (msgspec.ValidationError, RecursionError):
-                return parse_record(row, self._name(index))
+                return parse_record(row, self.name(index))
         except BadRecord as error:
             identity = row.get("id") if isinstance(row, dict) else None
-            self._left_out.append((index, self._name(index) if identity is None else str(identity), str(error)))
+            self.left_out.append((index, self.name(index) if identity is None else str(identity), str(error)))
             return None
 
     def tokenize(self, records: Sequence[RawRecord | Record | None], start: int) -> TokenizedBatch:
@@ -163,12 +163,12 @@ class _Part:
         for k in plain.odd.tolist():
             i, raw = typed[k]
             try:
-                odd.append((i, parse_record(raw.as_dict(), self._name(start + i))))
+                odd.append((i, parse_record(raw.as_dict(), self.name(start + i))))
             except BadRecord as error:
-                self._left_out.append((start + i, self._id_of(raw, start + i), str(error)))
+                self.left_out.append((start + i, self.id_of(raw, start + i), str(error)))
         rows = numbers[plain.rows]
         ids = [
-            self._name(start + i) if given is None else given for given, i in zip(plain.ids, rows.tolist(), strict=True)
+            self.name(start + i) if given is None else given for given, i in zip(plain.ids, rows.tolist(), strict=True)
         ]
         batch = self._numbered(self.layout.tokenize_plain(plain, ids), rows)
         if odd:
@@ -178,7 +178,7 @@ class _Part:
                     self._fix(fix)
             rest = self.layout.tokenize([record for _, record in odd])
             batch = merge(batch, self._numbered(rest, np.array([i for i, _ in odd])))
-        self._left_out += [(start + i, self._id_of(records[i], start + i), why) for i, why in batch.unsupervised]
+        self.left_out += [(start + i, self.id_of(records[i], start + i), why) for i, why in batch.unsupervised]
         if self.skip:
             batch = self._without_skipped(batch, start)
         self._count(batch)
@@ -188,6 +188,7 @@ class _Part:
     def _numbered(batch: TokenizedBatch, rows: np.ndarray) -> TokenizedBatch:
         """The batch with its rows counted among all records, not only those of one kind."""
         batch.unsupervised = [(int(rows[i]), why) for i, why in batch.unsupervised]
+        batch.cut = [(int(rows[i]), tokens, lost) for i, tokens, lost in batch.cut]
         batch.rows = rows[batch.rows]
         return batch
 
@@ -196,7 +197,7 @@ class _Part:
         for k, (identity, row) in enumerate(zip(batch.ids, batch.rows.tolist(), strict=True)):
             if identity in self.skip:
                 keep[k] = False
-                self._left_out.append((start + row, identity, SKIPPED))
+                self.left_out.append((start + row, identity, SKIPPED))
         return batch if keep.all() else batch.keep(keep)
 
     def _count(self, batch: TokenizedBatch) -> None:
@@ -205,28 +206,32 @@ class _Part:
         counts["images"] += sum(map(len, batch.images))
         counts["tokens"] += int(batch.lengths.sum())
         counts["supervised"] += int(np.count_nonzero(batch.labels >= 0))
-        counts["truncated"] += batch.truncated
-        counts["truncated_tokens"] += batch.truncated_tokens
+        counts["truncated"] += len(batch.cut)
+        counts["truncated_tokens"] += sum(lost for _, _, lost in batch.cut)
 
-    def _name(self, index: int) -> str:
+    def name(self, index: int) -> str:
         """What a record without an id is called."""
         return f"part {self.task.index} record {index}"
 
-    def _id_of(self, record: RawRecord | Record | None, index: int) -> str:
+    def id_of(self, record: RawRecord | Record | None, index: int) -> str:
         identity = record.id if record is not None else None
-        return self._name(index) if identity is None else str(identity)
+        return self.name(index) if identity is None else str(identity)
 
     def _fix(self, what: str) -> None:
         self.fixes[what] = self.fixes.get(what, 0) + 1
 
+    def places(self, chunk: Chunk) -> list[int]:
+        """The line or row of each record within the part, from 0."""
+        return self._places if self._places is not None else [place for place, _ in chunk.rows()]
+
     def listed(self, chunk: Chunk) -> list[dict[str, Any]]:
         """What was left out, with the line or row (from 0, within the part) of each."""
-        if not self._left_out:
+        if not self.left_out:
             return []
-        places = self._places if self._places is not None else [place for place, _ in chunk.rows()]
+        places = self.places(chunk)
         return [
             {"id": identity, self.source.unit: places[index], "reason": SKIPPED if identity in self.skip else why}
-            for index, identity, why in sorted(self._left_out)
+            for index, identity, why in sorted(self.left_out)
         ]
 
 
@@ -273,10 +278,15 @@ def start_worker(job: Job) -> None:
         build_worker(job)
 
 
+def this_worker() -> Worker:
+    """The worker of this process."""
+    assert _worker is not None, "the pool's initializer runs first"
+    return _worker
+
+
 def work(task: Task) -> dict[str, Any]:
     """Write a part in a worker process."""
-    assert _worker is not None, "the pool's initializer runs first"
-    return _worker.write(task)
+    return this_worker().write(task)
 
 
 def rows_of(source: Source, format: str, convert: str | None) -> Iterator[tuple[int, Any]]:

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +14,8 @@ from typing import Any
 from llava_tune.config import DataSource, Run
 from llava_tune.data.formats import convert_fingerprint, detect_format, load_function
 from llava_tune.data.layout import LayoutSpec
-from llava_tune.data.parts import SKIPPED, DataSet, Job, Task, Worker, build_worker, part_facts, start_worker, work
+from llava_tune.data.parts import SKIPPED, DataSet, Job, Task, Worker, part_facts, work
+from llava_tune.data.pool import run_parallel
 from llava_tune.data.shards import Shard
 from llava_tune.data.sources import Source, Span, open_sources
 from llava_tune.data.sources.text import TextSource
@@ -97,6 +93,7 @@ class Plan:
 
     sets: tuple[PlannedSet, ...]
     spec: StoreSpec
+    tokenizer: str
     max_bad_share: float
     num_proc: int
 
@@ -180,7 +177,9 @@ def make_plan(run: Run) -> Plan:
         image_position=data.image_position,
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Plan(tuple(sets), spec, data.max_bad_share, data.num_proc or cores)
+    return Plan(
+        tuple(sets), spec, run.model.llm.tokenizer or run.model.llm.name, data.max_bad_share, data.num_proc or cores
+    )
 
 
 def prepare(
@@ -402,7 +401,7 @@ class _Preparation:
             for task in missing():
                 done(task, worker.write(task))
         else:
-            _write_parallel(self.job, missing(), num_proc, done)
+            run_parallel(self.job, missing(), num_proc, work, done)
         for task in elsewhere:  # what the other shards have written meanwhile
             done(task, part_facts(self.folder, task))
         return [facts[i] for i in sorted(facts)]
@@ -424,6 +423,7 @@ class _Preparation:
         manifest = {
             "format_version": FORMAT_VERSION,
             "spec": asdict(self.plan.spec),
+            "tokenizer": self.plan.tokenizer,
             "data_sets": [self._set_facts(k, parts) for k in range(len(self.plan.sets))],
             "sources": [
                 {"name": s.path.name, "bytes": s.bytes, "mtime_ns": s.mtime_ns, "xxh3": digest, "data_set": index}
@@ -502,42 +502,6 @@ def read_skip(path: Path) -> frozenset[str]:
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f'--skip {path}, line {number}: expected a JSON object with an "id"') from error
     return frozenset(ids)
-
-
-def _write_parallel(
-    job: Job, tasks: Iterable[Task], num_proc: int, done: Callable[[Task, dict[str, Any]], None]
-) -> None:
-    method = _start_method()
-    if method == "fork":
-        build_worker(job)
-    warnings.filterwarnings("ignore", "This process .* is multi-threaded, use of fork", DeprecationWarning)
-    pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context(method), initializer=start_worker, initargs=(job,))
-    waiting: dict[Future[dict[str, Any]], Task] = {}
-
-    def collect(most: int) -> None:
-        while len(waiting) > most:
-            ready, _ = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in ready:
-                done(waiting.pop(future), future.result())
-
-    try:
-        for task in tasks:
-            waiting[pool.submit(work, task)] = replace(task, span=replace(task.span, text=None))
-            collect(2 * num_proc)
-        collect(0)
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            "a worker process was killed (often: out of memory). The finished parts are kept; run the same command again, "
-            "with a smaller --num-proc if it is memory"
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _start_method() -> str:
-    """How workers start: forked, so that they have the tokenizer at once and share its memory; but afresh where torch is loaded
-    (training, with the threads and devices that it holds), or where a process can't be forked safely."""
-    return "fork" if sys.platform == "linux" and "torch" not in sys.modules else "spawn"
 
 
 def _sums(parts: list[dict[str, Any]]) -> dict[str, int]:

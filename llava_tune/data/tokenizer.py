@@ -22,7 +22,7 @@ INTERNLM2_CHAT_TOKENS = {"[UNUSED_TOKEN_145]": "<|im_end|>", "[UNUSED_TOKEN_146]
 """What InternLM2's chat models call two unused pieces of the vocabulary."""
 
 _CONVERSION = "2"  # raise it when the conversion below changes: it is part of the cache's key
-_VOCABULARY = "1"  # raise it when what is kept of a vocabulary changes
+_VOCABULARY = "2"  # raise it when what is kept of a vocabulary changes
 
 
 def tokenizer_folder(name: str) -> str:
@@ -127,6 +127,7 @@ class Vocabulary:
         added: the added tokens' ids.
         special_ids: ids of the special ones, without the one for unknown text.
         bos, eos: ids, or None.
+        longest: characters of the longest token.
         cut_after: bytes behind which a text may be cut before a space (`words.cut_table`); None: texts can't be cut.
         fingerprint: sha256 of all that decides the ids.
     """
@@ -136,6 +137,7 @@ class Vocabulary:
     special_ids: tuple[int, ...]
     bos: int | None
     eos: int | None
+    longest: int
     cut_after: tuple[int, ...] | None
     fingerprint: str
 
@@ -156,6 +158,7 @@ class Vocabulary:
             special_ids=tuple(special),
             bos=ends[0],
             eos=ends[1],
+            longest=max(map(len, [*plain["model"]["vocab"], *added]), default=1),
             cut_after=None if table is None else tuple(np.flatnonzero(table).tolist()),
             fingerprint=hashlib.sha256(text).hexdigest(),
         )

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_tune.data.layout import Layout, LayoutSpec
-from llava_tune.data.parts import DataSet, Job, Task, Worker, _Part
+from llava_tune.data.parts import DataSet, Job, Part, Task, Worker
 from llava_tune.data.plain import Message, RawRecord
 from llava_tune.data.records import BadRecord, Record, parse_record
 from llava_tune.data.sources import Span
@@ -61,7 +61,7 @@ def test_bulk_equals_one_by_one(
     class Source:
         unit = "line"
 
-    part = _Part(Task(3, 0, Span(0, 0, 0)), Source(), layout, frozenset())  # type: ignore[arg-type]
+    part = Part(Task(3, 0, Span(0, 0, 0)), Source(), layout, frozenset())  # type: ignore[arg-type]
     bulk = part.tokenize(rows, 0)
 
     expected = []

@@ -69,7 +69,7 @@ def test_each_round_is_a_question_asked_alone(tmp_path: Path) -> None:
     first, second = read_questions(tmp_path / "q.json")
     assert (second.id, second.question, second.rounds, second.kind) == ("r#1", "<image>\nIs it red?", [], "is")
     assert first.truth == "red"
-    (tmp_path / "q.json").write_text('[{"id": 1},\n{"id": 2}]')
+    (tmp_path / "q.json").write_text('[{"id": 1, "conversations": []},\n{"id": 2}]')
     with pytest.raises(InputError, match="line 1: 'conversations'"):
         read_questions(tmp_path / "q.json")
 

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import msgspec
 import numpy as np
-import orjson
 import pyarrow as pa
 import xxhash
 
@@ -80,10 +79,13 @@ class TextSource(Source):
             return TextChunk(view[span.start : span.end], self.shape)
 
     def first_row(self) -> Any:
-        with _Stream(self.path) as file:
-            head = file.read(_BLOCK)
-            while head and (more := file.read(_BLOCK)) and len(head) < 64 * _BLOCK and not self._whole(head):
-                head += more
+        try:
+            with _Stream(self.path) as file:
+                head = file.read(_BLOCK)
+                while len(head) < 64 * _BLOCK and not self._whole(head) and (more := file.read(_BLOCK)):
+                    head += more
+        except OSError:
+            return None  # `spans` then says what is wrong
         if self.shape == "json":
             head = head[head.index(b"[") + 1 :]
         for _, row in TextChunk(head.removeprefix(_BOM), self.shape).rows():
@@ -191,9 +193,11 @@ class TextChunk(Chunk):
     def rows(self) -> Iterator[tuple[int, Any]]:
         for line, raw in self.split():
             try:
-                yield line, orjson.loads(raw)
-            except orjson.JSONDecodeError as error:
+                yield line, msgspec.json.decode(raw)
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
                 yield line, BadRow(f"not valid JSON: {error}")
+            except RecursionError:
+                yield line, BadRow("not valid JSON: nested too deep")
 
     def split(self) -> Iterator[tuple[int, bytes]]:
         """(line within the span from 0, bytes) of each record, without parsing them."""
@@ -233,10 +237,14 @@ def _shape(path: Path, file: _Stream) -> Shape:
         )
     line, newline, rest = head.partition(b"\n")
     try:  # a line that is a list of messages is one record
-        first = orjson.loads(line)
-    except orjson.JSONDecodeError:
+        first = msgspec.json.decode(line)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return "json"
-    return "jsonl" if newline and rest.lstrip()[:1] == b"[" and first and isinstance(first[0], dict) else "json"
+    return (
+        "jsonl"
+        if newline and rest.lstrip()[:1] == b"[" and first and isinstance(first[0], dict) and "role" in first[0]
+        else "json"
+    )
 
 
 class _Stream:
