@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,3 +119,16 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
 def losses(work_dir: Path) -> list[float]:
     """The losses of a run's metrics.jsonl, in order."""
     return [json.loads(line)["loss"] for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[None]:
+    script = SHARED / "slurm/start-slurm.sh"
+    if not script.is_file() or os.geteuid() != 0:
+        pytest.skip("needs root and the shared Slurm script, which starts two nodes here")
+    env = {**os.environ, "SLURM_CI_RESOLVE": "0"}  # node names that resolve nowhere, as on many clusters
+    started = subprocess.run(["bash", str(script)], capture_output=True, text=True, env=env)
+    if started.returncode:
+        pytest.skip(f"Slurm does not start here: {started.stdout[-300:]}{started.stderr[-300:]}")
+    yield
+    subprocess.run(["bash", str(script), "stop"], capture_output=True, env=env)

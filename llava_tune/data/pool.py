@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import sys
 import warnings
@@ -27,6 +28,7 @@ def run_parallel(
     method = _start_method()
     if method == "fork":
         build_worker(job)
+        gc.freeze()  # what is there now is never collected: its pages stay shared with the workers
     warnings.filterwarnings("ignore", "This process .* is multi-threaded, use of fork", DeprecationWarning)
     pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context(method), initializer=start_worker, initargs=(job,))
     waiting: dict[Future[R], Task] = {}

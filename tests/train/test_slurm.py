@@ -5,27 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import SHARED, Finished, Small, losses
+from tests.conftest import Finished, Small, losses
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500), pytest.mark.xdist_group("slurm")]
-
-
-@pytest.fixture(scope="module")
-def slurm() -> Iterator[None]:
-    script = SHARED / "slurm/start-slurm.sh"
-    if not script.is_file() or os.geteuid() != 0:
-        pytest.skip("needs root and the shared Slurm script, which starts two nodes here")
-    env = {**os.environ, "SLURM_CI_RESOLVE": "0"}  # node names that resolve nowhere, as on many clusters
-    started = subprocess.run(["bash", str(script)], capture_output=True, text=True, env=env)
-    if started.returncode:
-        pytest.skip(f"Slurm does not start here: {started.stdout[-300:]}{started.stderr[-300:]}")
-    yield
-    subprocess.run(["bash", str(script), "stop"], capture_output=True, env=env)
 
 
 def srun(*arguments: object, nodes: int = 2) -> Finished:

@@ -10,7 +10,7 @@ from typing import Any
 
 from llava_tune.data.plain import RawRecord
 
-PART_BYTES = 16 << 20
+PART_BYTES = 8 << 20
 """Source bytes that become one file of the store."""
 MAX_PARTS = 4096
 """A larger source has larger parts instead of more."""
