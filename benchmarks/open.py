@@ -48,7 +48,12 @@ def measure(store: Path, images: Path) -> dict[str, float]:
     dataset = LlavaDataset(store, images, ImageTransform(336))
     opened = time.perf_counter()
     order = BatchOrder(
-        dataset.lengths, seed=1, global_batch_size=BATCH, micro_batch_size=BATCH, group_by_length=True, total_steps=10**9
+        dataset.lengths,
+        seed=1,
+        global_batch_size=BATCH,
+        micro_batch_size=BATCH,
+        group_by_length=True,
+        total_steps=10**9,
     )
     first = next(iter(order))
     drawn = time.perf_counter()

@@ -13,7 +13,7 @@ import numpy as np
 
 from llava_tune.constants import IGNORE_INDEX
 from llava_tune.data.images import BadImage, ImageTransform
-from llava_tune.data.store import column_lengths, images_of, open_foreign, open_store, read_manifest
+from llava_tune.data.store import StoreRows, images_of, open_foreign, read_manifest
 from llava_tune.errors import InputError
 
 if TYPE_CHECKING:
@@ -86,13 +86,15 @@ class LlavaDataset:
         image_tokens: int = 1,
     ) -> None:
         folder = Path(offline_processed_text_folder)
+        rows: Any
         if foreign:
             rows, self.lengths, self.manifest = open_foreign(folder, image_tokens)
+            rows = rows.with_format("numpy", columns=["input_ids", "labels"], output_all_columns=True)
         else:
             self.manifest = read_manifest(folder)
-            rows = open_store(folder)
-            self.lengths = column_lengths(rows)
-        self.rows: Any = rows.with_format("numpy", columns=["input_ids", "labels"], output_all_columns=True)
+            rows = StoreRows(folder)
+            self.lengths = rows.lengths()
+        self.rows: Any = rows
         self.transform = transform
         self.quarantine = Quarantine(quarantine) if quarantine else None
         sets = self.manifest["data_sets"]

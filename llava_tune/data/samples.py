@@ -18,7 +18,7 @@ from llava_tune.data.images import BadImage, opened
 from llava_tune.data.mix import image_folders
 from llava_tune.data.parts import DataSet, Job, Part, Task, Worker
 from llava_tune.data.prepare import Plan, make_plan
-from llava_tune.data.store import column_lengths, images_of, open_store, read_manifest
+from llava_tune.data.store import StoreRows, images_of, read_manifest
 from llava_tune.data.tokenizer import load_tokenizer
 from llava_tune.errors import InputError
 
@@ -102,8 +102,8 @@ def samples_of_store(
         InputError: not a store; or its tokenizer is not where it was.
     """
     manifest = read_manifest(folder)
-    rows: Any = open_store(folder)
-    all_lengths = column_lengths(rows)
+    rows = StoreRows(folder)
+    all_lengths = rows.lengths()
     starts = np.cumsum([0, *(d["samples"] for d in manifest["data_sets"])])
     names = [d["name"] for d in manifest["data_sets"]]
     folders = image_folders(run.dataset, manifest) if run is not None else [image_folder] * len(names)
@@ -114,7 +114,7 @@ def samples_of_store(
     for index in picked:
         row = rows[index]
         k = int(np.searchsorted(starts, index, side="right")) - 1
-        ids, labels = np.array(row["input_ids"]), np.array(row["labels"])
+        ids, labels = row["input_ids"], row["labels"]
         pieces = decode.pieces(ids, labels)
         chosen.append(
             Sample(

@@ -192,8 +192,46 @@ def check_source(folder: Path, manifest: dict[str, Any], source: Source) -> None
     )
 
 
-def open_store(folder: Path) -> datasets.Dataset:
-    """The store's rows by memory map.
+class StoreRows:
+    """The rows of a finished store by memory map: nothing is read but what is asked for, and ranks share the pages.
+
+    Raises:
+        InputError: see `check_files`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        manifest = check_files(folder)
+        self._batches: list[pa.RecordBatch] = []
+        for part in manifest["parts"]:
+            with pa.ipc.open_stream(pa.memory_map(str(folder / part["file"]))) as reader:
+                self._batches += reader
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StoreRows, (self.folder,)  # another process maps the files itself
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One row: id, input_ids and labels (int32 arrays), image (a list of references), length."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        k = int(np.searchsorted(self._starts, index, side="right")) - 1
+        batch, at = self._batches[k], int(index - self._starts[k])
+        ids, labels = (batch.column(name)[at].values.to_numpy() for name in ("input_ids", "labels"))
+        rest = {name: batch.column(name)[at].as_py() for name in ("id", "image", "length")}
+        return {"input_ids": ids, "labels": labels, **rest}
+
+    def lengths(self) -> np.ndarray:
+        """The `length` column, int32 [samples], without a walk over the rows."""
+        columns = [batch.column("length").to_numpy() for batch in self._batches]
+        return np.concatenate(columns) if columns else np.zeros(0, np.int32)
+
+
+def check_files(folder: Path) -> dict[str, Any]:
+    """The manifest of a store whose files are all there.
 
     Raises:
         InputError: see `read_manifest`; or a file is missing or of another size.
@@ -207,15 +245,19 @@ def open_store(folder: Path) -> datasets.Dataset:
             raise InputError(
                 f"{path} {found}; the manifest says {part['bytes']:,} bytes. Copy the store again or prepare it again"
             )
+    return manifest
+
+
+def open_store(folder: Path) -> datasets.Dataset:
+    """The store as a Hugging Face dataset.
+
+    Raises:
+        InputError: see `check_files`.
+    """
+    check_files(folder)
     import datasets
 
     return datasets.load_from_disk(str(folder))
-
-
-def column_lengths(rows: datasets.Dataset) -> np.ndarray:
-    """The `length` column, int32 [samples], without a walk over the rows."""
-    column: Any = rows.data.column("length")
-    return column.to_numpy()
 
 
 def images_of(value: Any) -> list[str]:
