@@ -12,7 +12,7 @@ from llava_tune.cli.progress import Bar
 from llava_tune.errors import InputError
 
 if TYPE_CHECKING:
-    from llava_tune.data.prepare import Prepared, Progress
+    from llava_tune.data.preparation import Prepared, Progress
 
 DESCRIPTION = "Tokenize a config's data into a folder that training opens at once (offline_processed_text_folder)."
 
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> None:
 
 def prepare_and_report(options: Options, folder: Path) -> Prepared:
     """`prepare` with a progress bar or plain lines, and a summary."""
-    from llava_tune.data.prepare import finalize, prepare
+    from llava_tune.data.preparation import finalize, prepare
     from llava_tune.data.shards import parse_shard, slurm_shard
 
     run = options.run

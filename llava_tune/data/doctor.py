@@ -20,7 +20,7 @@ from llava_tune.data.mix import image_folders
 from llava_tune.data.parts import BATCH_RECORDS, DataSet, Job, Part, Task, Worker, this_worker
 from llava_tune.data.plain import RawRecord
 from llava_tune.data.pool import run_parallel
-from llava_tune.data.prepare import Plan, make_plan
+from llava_tune.data.preparation import Plan, make_plan
 from llava_tune.data.records import BadRecord, Record, parse_record
 from llava_tune.data.sources import Source, open_sources
 from llava_tune.data.splits import split_name

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -51,15 +53,11 @@ class Encoder:
         from tokenizers import Tokenizer
 
         self.fell_back = False
-        with ThreadPoolExecutor(1) as beside:  # both take most of a second, and release the interpreter meanwhile
-            reference = beside.submit(Tokenizer.from_str, plain_json)
-            try:
-                import fastokens
-
-                self._fast = fastokens.Tokenizer.from_json_str(plain_json)
-            except (ImportError, ValueError):
-                self._fast = None
-            self.reference = reference.result()
+        with ThreadPoolExecutor(1) as beside:
+            fast = beside.submit(_fast_tokenizer, plain_json)
+            time.sleep(0.005)  # fastokens releases the interpreter once it has begun, tokenizers never: fastokens first
+            self.reference = Tokenizer.from_str(plain_json)
+            self._fast = fast.result()
         self._table = None if cut_after is None else np.isin(np.arange(256), list(cut_after))
 
     @property
@@ -111,6 +109,16 @@ class Encoder:
                 pieces = self._encode_reference(list(words[i]))[0]
                 rows[i] = pieces[~np.isin(pieces, forbidden)]
         return _join(rows)
+
+
+def _fast_tokenizer(plain_json: str) -> Any:
+    """fastokens' tokenizer, or None where it is not installed or doesn't know this kind."""
+    try:
+        import fastokens
+
+        return fastokens.Tokenizer.from_json_str(plain_json)
+    except (ImportError, ValueError):
+        return None
 
 
 def _join(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ from llava_tune.data.images import image_transform
 from llava_tune.data.layout import Layout
 from llava_tune.data.mix import describe_mix, image_folders, shares
 from llava_tune.data.order import BatchOrder
-from llava_tune.data.prepare import make_layout
+from llava_tune.data.preparation import make_layout
 from llava_tune.data.store import read_manifest
 from llava_tune.data.tokenizer import load_tokenizer
 from llava_tune.errors import InputError

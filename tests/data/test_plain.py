@@ -90,7 +90,7 @@ def test_bulk_equals_one_by_one(
         for k, (a, b) in enumerate(zip(bulk.offsets[:-1], bulk.offsets[1:], strict=True))
     ]
     assert found == expected
-    assert {i: why for i, _, why in part._left_out} == bad
+    assert {i: why for i, _, why in part.left_out} == bad
     assert part.counts["samples"] == len(expected)
 
 

@@ -50,8 +50,8 @@ TINY_PARTS = """
 import sys
 import llava_tune.data.sources.base as s
 s.PART_BYTES = 30_000
-import llava_tune.data.prepare
-sys.modules["llava_tune.data.prepare"].SMALL_BYTES = 0
+import llava_tune.data.preparation
+sys.modules["llava_tune.data.preparation"].SMALL_BYTES = 0
 from llava_tune.cli.main import main
 if __name__ == "__main__":
     main()
