@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import orjson
+import msgspec
 
 CONFIG = """from llava_tune.config import *
 run = Run(
@@ -48,7 +48,7 @@ def write_records(base: list[dict[str, Any]], path: Path, count: int) -> None:
         copy["id"] = "@"
         for message in copy["conversations"]:
             message["value"] += " @"
-        templates.append(orjson.dumps(copy).split(b"@"))
+        templates.append(msgspec.json.encode(copy).split(b"@"))
     with path.open("wb") as file:
         for i in range(count):
             file.write((b"[\n" if i == 0 else b",\n") + str(i).encode().join(templates[i % len(templates)]))
@@ -79,7 +79,7 @@ def sentencepiece_worker(arguments: tuple[str, list[str]]) -> int:
 
 def bare_sentencepiece(shared: Path, data: Path, cores: int) -> float:
     """Tokens a second of sentencepiece alone on the texts of the first 50,000 records, already in memory, on all cores."""
-    records = orjson.loads(data.read_bytes())[:50_000]
+    records = msgspec.json.decode(data.read_bytes())[:50_000]
     texts = [m["value"] for r in records for m in r["conversations"]]
     model = str(shared / "internlm2_tokenizer/tokenizer.model")
     with multiprocessing.get_context("spawn").Pool(cores) as pool:

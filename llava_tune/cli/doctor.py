@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,8 @@ class Options:
     run: FlatRun
     quick: bool = False
     """Read only the images' headers, not their pixels."""
+    model: bool = True
+    """Also see whether the model can be built, and how much room its checkpoints need."""
     num_proc: int | None = None
     """Processes; unset: dataset.num_proc."""
     json: str | None = None
@@ -41,7 +44,9 @@ def main(arguments: list[str]) -> None:
         def report(done: int, total: int, found: int) -> None:
             bar.update(done, total, f"{found:,} findings")
 
-        result = examine_run(options.run, quick=options.quick, num_proc=options.num_proc, report=report)
+        result = examine_run(
+            options.run, quick=options.quick, model=options.model, num_proc=options.num_proc, report=report
+        )
     if options.json:
         write_whole(Path(options.json), json.dumps(result.as_json(), indent=1, ensure_ascii=False))
     if options.list:
@@ -58,7 +63,7 @@ def _print(result: Report, options: Options) -> None:
 
     from llava_tune.data.findings import KINDS
 
-    console = Console(soft_wrap=False)
+    console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(
         f"{result.records:,} records, {result.images:,} images{' (headers only)' if options.quick else ''}, {result.tokens:,} tokens, "
         f"{result.supervised:,} of them supervised"

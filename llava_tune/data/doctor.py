@@ -95,12 +95,18 @@ Progress = Callable[[int, int, int], None]
 
 
 def examine_run(
-    run: Run, *, quick: bool = False, num_proc: int | None = None, report: Progress | None = None
+    run: Run,
+    *,
+    quick: bool = False,
+    model: bool = True,
+    num_proc: int | None = None,
+    report: Progress | None = None,
 ) -> Report:
     """Check a run's records, images and disk space.
 
     Args:
         quick: read only the images' headers.
+        model: also build the model without its weights, to see that it can be built and how large its checkpoints are.
         num_proc: processes; None: as the config says.
         report: called now and then.
 
@@ -112,6 +118,8 @@ def examine_run(
         raise InputError("dataset.data_path is not set: there is nothing to examine")
     doctor = _Doctor(run, plan, quick)
     doctor.examine(num_proc or plan.num_proc, report or (lambda *_: None))
+    if model:
+        doctor.examine_model()
     return doctor.finish()
 
 
@@ -127,6 +135,7 @@ class _Doctor:
     def __init__(self, run: Run, plan: Plan, quick: bool) -> None:
         self.run, self.plan = run, plan
         self.found: dict[str, Finding] = {}
+        self.checkpoint_bytes = 0
         self.result = Report()
         self.sources: list[tuple[int, Source]] = []
         for index, planned in enumerate(plan.sets):
@@ -173,6 +182,15 @@ class _Doctor:
                 done(task, examine_part(worker, task))
         else:
             run_parallel(self.job, self._tasks(), num_proc, examine_task, done)
+
+    def examine_model(self) -> None:
+        """Whether the model can be built, and its checkpoints' size. Imports torch, so that it comes after the workers."""
+        from llava_tune.model.size import checkpoint_bytes
+
+        try:
+            self.checkpoint_bytes = checkpoint_bytes(self.run.model)
+        except InputError as error:
+            self._add("model", {"source": "model", "reason": str(error)})
 
     def _tasks(self) -> Iterator[Task]:
         index = 0
@@ -254,18 +272,22 @@ class _Doctor:
         return {}
 
     def _check_disk(self) -> None:
-        """The store takes about 8 bytes a token, and as much as the ids and paths; the cache must have room for it."""
+        """Room for the store in the cache (8 bytes a token, and the ids and paths), and for the checkpoints in the work dir."""
         result = self.result
         text_tokens = result.tokens - result.images * max(self.plan.spec.image_tokens - 1, 0)
-        needed = 8 * text_tokens + 100 * result.records
-        for name, folder in (("the cache", cache_folder()), ("the work dir", Path(self.run.work_dir or "work_dirs"))):
+        store = 0 if self.run.dataset.offline_processed_text_folder else 8 * text_tokens + 100 * result.records
+        checkpoints = self.checkpoint_bytes * (self.run.training.save_total_limit + 1)
+        needs = {
+            "the cache": (cache_folder(), store),
+            "the work dir": (Path(self.run.work_dir or "work_dirs"), checkpoints),
+        }
+        for name, (folder, needed) in needs.items():
             there = folder
             while not there.exists():
                 there = there.parent
             free = shutil.disk_usage(there).free
-            wanted = needed if name == "the cache" else 1 << 30
-            if free < wanted:
-                reason = f"{name} has {free / 1e9:.1f} GB free, about {wanted / 1e9:.1f} GB are needed"
+            if free < needed:
+                reason = f"{name} has {free / 1e9:.1f} GB free, about {needed / 1e9:.1f} GB are needed"
                 self._add("disk", {"source": str(folder), "reason": reason})
 
 

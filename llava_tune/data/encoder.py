@@ -62,7 +62,9 @@ class Encoder:
 
     @property
     def name(self) -> str:
-        return "tokenizers" if self._fast is None else "fastokens"
+        if self._fast is not None:
+            return "fastokens"
+        return "tokenizers (fastokens gave other ids)" if self.fell_back else "tokenizers"
 
     def encode(self, texts: list[str], forbidden: np.ndarray) -> Encoded:
         """

@@ -59,6 +59,9 @@ KINDS = {
     "image_suffix": Kind(
         "note", "images of another format than their name says", "nothing: the content is what counts"
     ),
+    "model": Kind(
+        "error", "parts of the model that can't be had", "see the message; or --no-model to leave the model out"
+    ),
     "disk": Kind("error", "too little free disk space", "free some, or choose another folder"),
 }
 ORDER: dict[str, int] = {"error": 0, "warning": 1, "note": 2}

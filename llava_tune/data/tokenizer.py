@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
-import orjson
 
 from llava_tune.data.words import cut_table
 from llava_tune.errors import InputError
@@ -149,11 +149,11 @@ class Vocabulary:
         special = [t["id"] for t in backend["added_tokens"] if t["special"] and t["content"] != unknown]
         content = {**backend, "truncation": None, "padding": None}
         ends = added.get(bos or ""), added.get(eos or "")
-        text = orjson.dumps([content, *ends], option=orjson.OPT_SORT_KEYS)
+        text = msgspec.json.encode([content, *ends], order="sorted")
         plain = _plain(backend)
         table = cut_table(plain)
         return Vocabulary(
-            plain_json=orjson.dumps(plain, option=orjson.OPT_SORT_KEYS).decode(),
+            plain_json=msgspec.json.encode(plain, order="sorted").decode(),
             added=added,
             special_ids=tuple(special),
             bos=ends[0],
@@ -188,18 +188,18 @@ def load_vocabulary(name: str) -> Vocabulary:
     files = _local_files(folder)
     if files is None:
         tokenizer = load_tokenizer(folder)
-        backend = orjson.loads(tokenizer.backend_tokenizer.to_str())
+        backend = msgspec.json.decode(tokenizer.backend_tokenizer.to_str())
         return Vocabulary.of(backend, tokenizer.bos_token, tokenizer.eos_token)
     contents = [path.read_bytes() for path in files]
     key = hashlib.sha256(b"\0".join([*contents, _VOCABULARY.encode()])).hexdigest()[:24]
     kept = cache_folder() / "vocabularies" / key
     if kept.is_dir():
-        facts = orjson.loads((kept / "facts.json").read_bytes())
+        facts = msgspec.json.decode((kept / "facts.json").read_bytes())
         facts = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()}
         return Vocabulary(plain_json=(kept / "plain.json").read_text(encoding="utf-8"), **facts)
     try:
-        backend, config = map(orjson.loads, contents)
-    except ValueError as error:
+        backend, config = map(msgspec.json.decode, contents)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise InputError(f"tokenizer {name!r}: not valid JSON: {_first_line(error)}") from error
 
     def special(key: str) -> str | None:
@@ -210,7 +210,7 @@ def load_vocabulary(name: str) -> Vocabulary:
     with whole_folder(kept) as beside:
         (beside / "plain.json").write_text(vocabulary.plain_json, encoding="utf-8")
         facts = {k: v for k, v in asdict(vocabulary).items() if k != "plain_json"}
-        (beside / "facts.json").write_bytes(orjson.dumps(facts))
+        (beside / "facts.json").write_bytes(msgspec.json.encode(facts))
     return vocabulary
 
 

@@ -13,8 +13,11 @@ import datasets
 import pytest
 from PIL import Image
 
+from llava_tune.config import Lora, load_run, with_fields
 from llava_tune.data import ImageTransform, LlavaDataset
-from tests.conftest import Finished, wrong_input
+from llava_tune.model.factory import build_llava
+from llava_tune.model.size import parameter_counts
+from tests.conftest import Finished, Small, wrong_input
 from tests.data.test_golden import CONFIG
 
 
@@ -132,7 +135,7 @@ def configured(tmp_path: Path, internlm2_tokenizer: Path) -> Callable[[Path], Pa
 
 
 def doctor(cli: Callable[..., Finished], config: Path, folder: Path, *more: str) -> tuple[Any, list[Any], Finished]:
-    done = cli("doctor", config, "--json", folder / "r.json", "--list", folder / "bad.jsonl", *more)
+    done = cli("doctor", config, "--json", folder / "r.json", "--list", folder / "bad.jsonl", "--no-model", *more)
     assert "Traceback" not in done.err, done.err
     lines = (folder / "bad.jsonl").read_text().splitlines()
     return json.loads((folder / "r.json").read_text()), [json.loads(text) for text in lines], done
@@ -304,3 +307,35 @@ def test_broken_files(
     assert done.code == 1
     assert reason in report["findings"][0]["examples"][0]["reason"]
     assert not (tmp_path / "s/llava_tune_manifest.json").exists()
+
+
+def test_the_model_and_the_disk_are_looked_at(
+    small: Small, cli: Callable[..., Finished], tmp_path: Path, configured: Callable[[Path], Path]
+) -> None:
+    done = cli("doctor", small.config)
+    assert done.code == 0, done.out + done.err
+    assert "nothing was found that would harm the run" in done.out or "note" in done.out
+    data = tmp_path / "d.json"
+    data.write_text(json.dumps([{"id": 1, "conversations": QA}]))
+    done = cli("doctor", configured(data))  # its language model is a tokenizer alone
+    assert done.code == 1
+    assert "parts of the model that can't be had" in done.out
+    huge = tmp_path / "huge.py"
+    huge.write_text(
+        f"import dataclasses\nfrom llava_tune.config import *\nrun = load_run({str(small.config)!r})\n"
+        "run = with_fields(run, {'training.save_total_limit': 10**12})\n"
+    )
+    done = cli("doctor", huge, "--json", tmp_path / "r.json")
+    assert done.code == 1
+    finding = json.loads((tmp_path / "r.json").read_text())["findings"][0]
+    assert finding["kind"] == "disk" and "the work dir has" in finding["examples"][0]["reason"]
+
+
+def test_sizes_are_those_of_the_model_that_is_built(small: Small) -> None:
+    run = with_fields(load_run(small.config), {"model.llm.freeze": True, "model.llm.lora": Lora(rank=4)})
+    llava = build_llava(run.model)
+    counted = parameter_counts(run.model)
+    for part in ("vision", "projector", "llm"):
+        parameters = list(getattr(llava, part).parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        assert counted[part] == (sum(p.numel() for p in parameters), trained)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
@@ -81,8 +80,8 @@ def _parsed(cell: Any) -> Any:
     if not isinstance(cell, str):
         return cell
     try:
-        return orjson.loads(cell)
-    except orjson.JSONDecodeError:
+        return msgspec.json.decode(cell)
+    except (msgspec.MsgspecError, RecursionError):
         return cell
 
 
@@ -221,12 +220,12 @@ def saved_files(folder: Path, split: str | None) -> list[Path]:
         InputError: the split is missing or must be named; or rows were selected without rewriting them.
     """
     if (folder / "dataset_dict.json").is_file():
-        splits = orjson.loads((folder / "dataset_dict.json").read_bytes())["splits"]
+        splits = msgspec.json.decode((folder / "dataset_dict.json").read_bytes())["splits"]
         if split is None or split not in splits:
             asked = f"dataset.split is {split!r}, but it has" if split else "dataset.split must name one of its splits:"
             raise InputError(f"data_path {folder}: {asked} {', '.join(splits)}")
         folder = folder / split
-    state = orjson.loads((folder / "state.json").read_bytes())
+    state = msgspec.json.decode((folder / "state.json").read_bytes())
     if state.get("_indices_data_files"):
         raise InputError(
             f"data_path {folder}: its rows are a selection that was saved by index. Save it again after `.flatten_indices()`"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import orjson
+import msgspec
 import xxhash
 
 from llava_tune.constants import IMAGE_PLACEHOLDER
@@ -66,7 +66,7 @@ class TarSource(Source):
 
     def digest(self) -> str:
         """Of the members' names, places and sizes: the images themselves are not read."""
-        return xxhash.xxh3_128(orjson.dumps(self._index())).hexdigest()
+        return xxhash.xxh3_128(msgspec.json.encode(self._index())).hexdigest()
 
     def read(self, span: Span) -> Chunk:
         with self.path.open("rb") as file:
@@ -85,13 +85,13 @@ class TarSource(Source):
         identity = key.lstrip("/")
         try:
             if "json" in texts:
-                row = orjson.loads(texts["json"])
+                row = msgspec.json.decode(texts["json"])
             elif "txt" in texts:
                 turns = [("human", IMAGE_PLACEHOLDER), ("gpt", texts["txt"].decode().strip())]
                 row = {"conversations": [{"from": who, "value": text} for who, text in turns]}
             else:
                 return BadRow("the sample has neither a .json nor a .txt member")
-        except (orjson.JSONDecodeError, UnicodeDecodeError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             return BadRow(f"sample {identity}: {error}")
         if isinstance(row, dict):
             row = {"id": identity, **row}
