@@ -307,8 +307,11 @@ class Training:
     """auto: bf16 on a GPU that has it, else fp32."""
     gradient_checkpointing: bool = False
     """Recompute the language model's activations in the backward pass: less memory, about a third more time."""
+    packing: bool = False
+    """Pack samples into rows of dataset.max_length tokens, each seeing only itself: next to no padding. global_batch_size and
+    micro_batch_size then count rows."""
     group_by_length: bool = True
-    """Put samples of like length into one global batch, so that little is padding."""
+    """Without packing: put samples of like length into one global batch, so that little is padding."""
     seed: NonNegativeInt = 42
     """Seed of the order, the new weights and dropout."""
     save_steps: PositiveInt = 500

@@ -114,7 +114,12 @@ class LlavaDataset:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, index: int) -> TokenizedSample:
+    def __getitem__(self, index: int | tuple[int, ...]) -> TokenizedSample | list[TokenizedSample]:
+        """A sample; or the samples of a pack, by their rows."""
+        return [self.sample(row) for row in index] if isinstance(index, tuple) else self.sample(index)
+
+    def sample(self, index: int) -> TokenizedSample:
+        """The sample of a row, its images decoded."""
         import torch
 
         row = self.rows[index]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from llava_tune.data.packing import pack
 
 _GROUP = 64
 """Global batches whose samples are sorted by length together."""
@@ -18,6 +21,19 @@ class Share:
     start: int
     stop: int
     count: int
+
+
+def _shuffled(
+    lengths: np.ndarray, shares: Sequence[Share], epoch: int, seed: int, rng: np.random.Generator
+) -> np.ndarray:
+    """The rows that an epoch takes, shuffled; int32 where that is enough."""
+    order = np.empty(sum(share.count for share in shares), np.int32 if len(lengths) < 2**31 else np.int64)
+    at = 0
+    for k, share in enumerate(shares):
+        order[at : at + share.count] = _taken(share, epoch, [seed, k])
+        at += share.count
+    rng.shuffle(order)
+    return order
 
 
 class Epoch:
@@ -44,22 +60,16 @@ class Epoch:
     ) -> None:
         self.lengths, self.size = lengths, global_batch_size
         rng = np.random.default_rng([seed, epoch])
-        total = sum(share.count for share in shares)
-        steps = -(-total // global_batch_size)
-        self._order = np.empty(steps * global_batch_size, np.int32 if len(lengths) < 2**31 else np.int64)
-        at = 0
-        for k, share in enumerate(shares):
-            self._order[at : at + share.count] = _taken(share, epoch, [seed, k])
-            at += share.count
-        rng.shuffle(self._order[:total])
-        self._order[total:] = np.resize(self._order[:total], len(self._order) - total)
+        order = _shuffled(lengths, shares, epoch, seed, rng)
+        steps = -(-len(order) // global_batch_size)
+        self._order = np.resize(order, steps * global_batch_size) if len(order) % global_batch_size else order
         self._steps = rng.permutation(steps) if group_by_length else None
         self._sorted = np.zeros(-(-steps // _GROUP), bool)
 
     def __len__(self) -> int:
         return len(self._order) // self.size
 
-    def __getitem__(self, step: int) -> np.ndarray:
+    def __getitem__(self, step: int) -> list[int]:
         if not 0 <= step < len(self):
             raise IndexError(step)
         if self._steps is not None:
@@ -69,7 +79,41 @@ class Epoch:
                 rows = self._order[run * _GROUP * self.size : (run + 1) * _GROUP * self.size]
                 rows[:] = rows[np.argsort(self.lengths[rows], kind="stable")]
                 self._sorted[run] = True
-        return self._order[step * self.size : (step + 1) * self.size]
+        found: list[int] = self._order[step * self.size : (step + 1) * self.size].tolist()
+        return found
+
+
+class PackedEpoch:
+    """One epoch's global batches of packs: `epoch[step]` is the rows of each pack of a step, global_batch_size tuples.
+
+    All samples are shuffled, packed (`packing.pack`), and the packs shuffled; the last step is filled up from the start.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        shares: Sequence[Share],
+        *,
+        epoch: int,
+        seed: int,
+        global_batch_size: int,
+        pack_length: int,
+    ) -> None:
+        self.size = global_batch_size
+        rng = np.random.default_rng([seed, epoch])
+        self._rows = _shuffled(lengths, shares, epoch, seed, rng)
+        self._packs = pack(lengths[self._rows], pack_length)
+        steps = -(-len(self._packs) // global_batch_size)
+        self._order = np.resize(rng.permutation(len(self._packs)), steps * global_batch_size)
+
+    def __len__(self) -> int:
+        return len(self._order) // self.size
+
+    def __getitem__(self, step: int) -> list[tuple[int, ...]]:
+        if not 0 <= step < len(self):
+            raise IndexError(step)
+        packs = self._order[step * self.size : (step + 1) * self.size].tolist()
+        return [tuple(self._rows[self._packs[k]].tolist()) for k in packs]
 
 
 def _taken(share: Share, epoch: int, seed: list[int]) -> np.ndarray:
@@ -85,12 +129,17 @@ def _taken(share: Share, epoch: int, seed: list[int]) -> np.ndarray:
     return share.start + np.concatenate(taken)
 
 
+Item = int | tuple[int, ...]
+"""What makes one row of a batch: a row of the store, or several packed together."""
+
+
 class BatchOrder:
     """The micro batches of one rank, from any step on, without replaying what came before.
 
     Args:
         lengths: int32 [rows of the store].
         shares: what an epoch takes; None: each row once.
+        pack_length: pack samples into rows of so many tokens; None: a sample is a row.
         start_step: optimizer steps done already.
     """
 
@@ -103,45 +152,75 @@ class BatchOrder:
         global_batch_size: int,
         micro_batch_size: int,
         group_by_length: bool,
+        pack_length: int | None = None,
         rank: int = 0,
         world_size: int = 1,
         start_step: int = 0,
-        total_steps: int,
+        total_steps: int | None = None,
+        epochs: float = 1.0,
     ) -> None:
         self.lengths, self.seed = lengths, seed
         self.shares = shares if shares is not None else [Share(0, len(lengths), len(lengths))]
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
-        self.group_by_length = group_by_length
+        self.group_by_length, self.pack_length = group_by_length, pack_length
         self.rank, self.world_size = rank, world_size
-        self.start_step, self.total_steps = start_step, total_steps
-        self.steps_per_epoch = -(-sum(s.count for s in self.shares) // global_batch_size)
         self.accumulation = global_batch_size // (micro_batch_size * world_size)
+        self._epoch_steps: list[int] = []  # steps of the epochs that were looked at, where packs make them differ
+        self.steps_per_epoch = self._steps_of(0)
+        self.start_step = start_step
+        self.total_steps = total_steps if total_steps is not None else math.ceil(epochs * self.steps_per_epoch)
 
     def __len__(self) -> int:
         return (self.total_steps - self.start_step) * self.accumulation
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Item]]:
         for _, batch in self.steps():
             # Neighbours have like lengths: deal them to ranks and accumulation steps in runs of a micro batch.
-            micro = batch.reshape(self.accumulation, self.world_size, self.micro_batch_size)
-            yield from micro[:, self.rank].tolist()
+            for k in range(self.accumulation):
+                first = (k * self.world_size + self.rank) * self.micro_batch_size
+                yield batch[first : first + self.micro_batch_size]
 
-    def steps(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(step, rows of its global batch) from start_step on."""
-        number, epoch = -1, None
+    def steps(self) -> Iterator[tuple[int, list[Item]]]:
+        """(step, what makes up its global batch) from start_step on."""
+        number, within = self._locate(self.start_step)
+        epoch = self.epoch(number)
         for step in range(self.start_step, self.total_steps):
-            now, within = divmod(step, self.steps_per_epoch)
-            if epoch is None or now != number:
-                number, epoch = now, self.epoch(now)
-            yield step, epoch[within]
+            if within == len(epoch):
+                number, within = number + 1, 0
+                epoch = self.epoch(number)
+            yield step, list(epoch[within])
+            within += 1
 
-    def epoch(self, number: int) -> Epoch:
+    def _locate(self, step: int) -> tuple[int, int]:
+        """The epoch of a step, and the step within it."""
+        number = 0
+        while step >= self._steps_of(number):
+            if not self._varies():
+                return divmod(step, self.steps_per_epoch)
+            step -= self._steps_of(number)
+            number += 1
+        return number, step
+
+    def _varies(self) -> bool:
+        """Whether epochs may differ in steps: packs of another part of a data set each time."""
+        return self.pack_length is not None and any(s.count % (s.stop - s.start) for s in self.shares)
+
+    def _steps_of(self, number: int) -> int:
+        if self.pack_length is None:
+            return -(-sum(s.count for s in self.shares) // self.global_batch_size)
+        if not self._varies():
+            number = 0
+        while len(self._epoch_steps) <= number:
+            self._epoch_steps.append(len(self.epoch(len(self._epoch_steps))))
+        return self._epoch_steps[number]
+
+    def epoch(self, number: int) -> Epoch | PackedEpoch:
         """An epoch by its number, from 0."""
-        return Epoch(
-            self.lengths,
-            self.shares,
-            epoch=number,
-            seed=self.seed,
-            global_batch_size=self.global_batch_size,
-            group_by_length=self.group_by_length,
-        )
+        common = {"epoch": number, "seed": self.seed, "global_batch_size": self.global_batch_size}
+        if self.pack_length is None:
+            return Epoch(self.lengths, self.shares, **common, group_by_length=self.group_by_length)
+        return PackedEpoch(self.lengths, self.shares, **common, pack_length=self.pack_length)
+
+    def samples_per_step(self) -> float:
+        """How many samples a step of the first epoch has on average."""
+        return sum(s.count for s in self.shares) / self.steps_per_epoch if self.pack_length else self.global_batch_size

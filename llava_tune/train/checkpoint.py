@@ -86,8 +86,8 @@ def _decisive(run: dict[str, Any]) -> dict[str, Any]:
             flat[prefix] = value
 
     walk("", {"model": run["model"], "optimizer": run["optimizer"]})
-    for name in ("global_batch_size", "seed", "group_by_length"):
-        flat[f"training.{name}"] = run["training"][name]
+    for name in ("global_batch_size", "seed", "group_by_length", "packing"):
+        flat[f"training.{name}"] = run["training"].get(name)
     return flat
 
 

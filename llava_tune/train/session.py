@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from dataclasses import dataclass
@@ -86,10 +85,12 @@ def run_session(
         global_batch_size=run.training.global_batch_size,
         micro_batch_size=run.training.micro_batch_size,
         group_by_length=run.training.group_by_length,
+        pack_length=run.dataset.max_length if run.training.packing else None,
         rank=rank(),
         world_size=world_size(),
         start_step=start_step,
-        total_steps=total_steps(run, sum(share.count for share in taken)),
+        total_steps=run.training.max_steps or None,
+        epochs=run.training.epochs,
     )
     arguments = _arguments(run, work_dir, accumulation, order.total_steps, deepspeed)
     transformers.set_seed(run.training.seed)
@@ -201,6 +202,13 @@ def _announce(
         *(f"  {line}" for line in (describe_mix(dataset.manifest, order.shares) if len(order.shares) > 1 else [])),
         f"batches: {order.global_batch_size} global = {order.world_size} rank(s) x {order.micro_batch_size} x "
         f"{order.accumulation} accumulated; {order.total_steps} steps, {order.total_steps / order.steps_per_epoch:.2f} epochs",
+        *(
+            [
+                f"packing: rows of {order.pack_length} tokens, {order.samples_per_step():.1f} samples in a global batch on average"
+            ]
+            if order.pack_length
+            else []
+        ),
         f"work dir: {work_dir}" + (f", resuming from {checkpoint}" if checkpoint else ""),
     ]
     print("\n".join(lines), file=sys.stderr, flush=True)
@@ -218,10 +226,3 @@ def _finish(dataset: LlavaDataset, work_dir: Path) -> None:
             file=sys.stderr,
             flush=True,
         )
-
-
-def total_steps(run: Run, samples: int) -> int:
-    """Optimizer steps of the run."""
-    if run.training.max_steps:
-        return run.training.max_steps
-    return math.ceil(run.training.epochs * math.ceil(samples / run.training.global_batch_size))

@@ -98,7 +98,7 @@ class Telemetry(TrainerCallback):
             "learning_rate": logs["learning_rate"],
             "tokens_per_second": real / seconds,
             "supervised_tokens_per_second": supervised / seconds,
-            "samples_per_second": steps * self.trainer.order.global_batch_size / seconds,
+            "samples_per_second": steps * self.trainer.order.samples_per_step() / seconds,
             "padding": 1 - real / max(slots, 1),
             "data_wait": data_seconds / seconds,
             "memory_gb": _peak_memory() / 1e9,

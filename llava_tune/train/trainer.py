@@ -82,7 +82,9 @@ class LlavaTrainer(Trainer):
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.data_seconds += time.monotonic() - started
         for batch in batches:
-            real = int((batch["position_ids"] > 0).sum()) + len(batch["position_ids"])
+            positions = batch["position_ids"]  # padding is 0, and so is the first token of each sample
+            starts = (positions[:, :-1] == 0) & (positions[:, 1:] == 1)
+            real = int((positions > 0).sum() + starts.sum())
             supervised = int((batch["labels"] >= 0).sum())
             self.tokens += torch.tensor([real, supervised, batch["labels"].numel()])
         return batches, items
