@@ -13,7 +13,7 @@ from llava_tune.cli.progress import Bar
 from llava_tune.errors import EXIT_RUN_FAILED
 
 if TYPE_CHECKING:
-    from llava_tune.data.doctor import Report
+    from llava_tune.data.review.doctor import Report
 
 DESCRIPTION = "Read every record and image of a config before a long run, and say what would harm it. Exit code 1 if anything would."
 
@@ -36,7 +36,7 @@ class Options:
 def main(arguments: list[str]) -> None:
     """Examine, and print a table."""
     _, options = parse(Options, arguments, "doctor", DESCRIPTION)
-    from llava_tune.data.doctor import examine_run
+    from llava_tune.data.review.doctor import examine_run
     from llava_tune.paths import write_whole
 
     with Bar("examining") as bar:
@@ -61,7 +61,7 @@ def _print(result: Report, options: Options) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from llava_tune.data.findings import KINDS
+    from llava_tune.data.review.findings import KINDS
 
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(

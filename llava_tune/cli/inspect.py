@@ -10,7 +10,7 @@ from llava_tune.cli.options import FlatRun, parse
 from llava_tune.errors import InputError
 
 if TYPE_CHECKING:
-    from llava_tune.data.samples import Samples
+    from llava_tune.data.review.samples import Samples
 
 DESCRIPTION = (
     "Show samples as the model will see them: supervised text in colour, images, token counts, where they are cut."
@@ -51,11 +51,11 @@ def main(arguments: list[str]) -> None:
             raise InputError(f"{target}: neither a prepared folder nor a config file")
         _, run_options = parse(RunOptions, arguments, "inspect", DESCRIPTION)
         options = run_options
-        from llava_tune.data.samples import samples_of_run
+        from llava_tune.data.review.samples import samples_of_run
 
         samples = samples_of_run(run_options.run, _rows(options), options.seed)
     if options.html:
-        from llava_tune.data.page import write_page
+        from llava_tune.data.review.page import write_page
 
         write_page(samples, Path(options.html))
         print(f"{len(samples.chosen):,} of {samples.total:,} samples: {options.html}")
@@ -68,7 +68,7 @@ def _rows(options: StoreOptions) -> int:
 
 
 def _of_store(folder: Path, options: StoreOptions) -> Samples:
-    from llava_tune.data.samples import samples_of_store
+    from llava_tune.data.review.samples import samples_of_store
 
     images = Path(options.image_folder) if options.image_folder else None
     return samples_of_store(folder, _rows(options), tokenizer=options.tokenizer, image_folder=images, seed=options.seed)

@@ -93,7 +93,8 @@ class LanguageModel:
     """nf4 keeps the frozen weights in 4 bits (QLoRA, arXiv:2305.14314); needs lora.rank above 0."""
     lora: Lora = Lora()
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
-    """Attention implementation of transformers; auto is sdpa."""
+    """Attention implementation of transformers. auto: PyTorch's causal kernel for each sample of a row alone, which costs nothing for
+    what is packed beside it; sdpa for models with sliding windows or soft caps."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -198,7 +199,7 @@ class Dataset:
     image_folder: str | None = None
     """Folder that the records' image paths start from. None: the data is text only, or holds its images itself."""
     template: str = "internlm2_chat"
-    """Chat template (llava_tune/data/templates.py)."""
+    """Chat template (llava_tune/data/tokens/templates.py)."""
     system: str | None = None
     """System message of records that have none; None: the template's."""
     format: Format = "auto"

@@ -15,12 +15,12 @@ import msgspec
 import numpy as np
 
 from llava_tune.data.formats import Convert, converter
-from llava_tune.data.layout import Layout, LayoutSpec, TokenizedBatch, merge
 from llava_tune.data.plain import RawRecord, plain_records
 from llava_tune.data.records import BadRecord, Record, parse_record
 from llava_tune.data.sources import BadRow, Chunk, Source, Span, open_source
 from llava_tune.data.store import PARTS, file_hash, part_name, part_writer, to_arrow
-from llava_tune.data.templates import Template
+from llava_tune.data.tokens.layout import Layout, LayoutSpec, TokenizedBatch, merge
+from llava_tune.data.tokens.templates import Template
 from llava_tune.paths import write_whole
 
 BATCH_RECORDS = 4096

@@ -15,8 +15,8 @@ import pyarrow as pa
 import xxhash
 
 from llava_tune.constants import IMAGE_TOKEN_INDEX
-from llava_tune.data.layout import TokenizedBatch
 from llava_tune.data.sources import Source
+from llava_tune.data.tokens.layout import TokenizedBatch
 from llava_tune.errors import InputError
 from llava_tune.paths import whole_file, write_whole
 

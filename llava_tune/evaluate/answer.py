@@ -10,9 +10,9 @@ from torch import Tensor
 
 from llava_tune.constants import IMAGE_PLACEHOLDER
 from llava_tune.data.images import ImageTransform, image_transform
-from llava_tune.data.layout import Layout
-from llava_tune.data.preparation import make_layout
-from llava_tune.data.tokenizer import load_tokenizer
+from llava_tune.data.plan import make_layout
+from llava_tune.data.tokens.layout import Layout
+from llava_tune.data.tokens.tokenizer import load_tokenizer
 from llava_tune.model.factory import load_checkpoint
 from llava_tune.model.generate import generate
 

@@ -11,6 +11,7 @@ from torch import nn
 from llava_tune.config import LanguageModel, Lora
 from llava_tune.errors import InputError, missing_package
 from llava_tune.model import internlm2
+from llava_tune.model.attention import PER_SAMPLE, supports_per_sample
 
 
 def model_folder(config: LanguageModel) -> str:
@@ -79,6 +80,8 @@ def build_language_model(config: LanguageModel, dtype: torch.dtype) -> Any:
             )
         except (OSError, ValueError) as error:
             raise InputError(f"model.llm.name {config.name} can't be loaded: {str(error).splitlines()[0]}") from error
+    if config.attention == "auto" and supports_per_sample(model):
+        model.set_attn_implementation(PER_SAMPLE)
     if config.lora.rank:
         add_lora(model, config.lora)
     return model

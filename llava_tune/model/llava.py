@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_tune.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava_tune.model.attention import PER_SAMPLE, sample_bounds
 from llava_tune.model.loss import supervised_loss
 from llava_tune.model.vision import VisionEncoder
 
@@ -83,8 +84,9 @@ class Llava(nn.Module):
             {"loss": the sum over supervised tokens divided by their number, float32 scalar}
         """
         embeddings = self.embed(input_ids, pixel_values)
-        # No mask and no cache: transformers then isolates samples by their position ids on every attention backend.
-        inputs = {"inputs_embeds": embeddings, "position_ids": position_ids, "attention_mask": None, "use_cache": False}
+        # No mask and no cache: transformers then isolates samples by their position ids on every attention backend of its own.
+        mask = sample_bounds(position_ids) if self.config._attn_implementation == PER_SAMPLE else None
+        inputs = {"inputs_embeds": embeddings, "position_ids": position_ids, "attention_mask": mask, "use_cache": False}
         if self.plain_head:
             hidden = self.llm.get_decoder()(**inputs).last_hidden_state
             total = supervised_loss(hidden, self.llm.get_output_embeddings().weight, labels)

@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from llava_tune.config import Run
-from llava_tune.data.preparation import Plan, Progress, check_plan, make_plan, prepare_plan
+from llava_tune.data.plan import Plan, check_plan, make_plan
+from llava_tune.data.preparation import Progress, prepare_plan
 from llava_tune.data.store import MANIFEST, read_manifest
 from llava_tune.paths import cache_folder, write_whole
 from llava_tune.train.launch import rank

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from llava_tune.config import Preview
 from llava_tune.constants import IMAGE_PLACEHOLDER
 from llava_tune.data import BadImage, ImageTransform
-from llava_tune.data.layout import Layout
+from llava_tune.data.tokens.layout import Layout
 from llava_tune.errors import InputError
 from llava_tune.model.generate import generate
 

@@ -15,12 +15,12 @@ from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 from llava_tune.config import Run
 from llava_tune.data import Collator, ImageTransform, LlavaDataset
 from llava_tune.data.images import image_transform
-from llava_tune.data.layout import Layout
 from llava_tune.data.mix import describe_mix, image_folders, shares
 from llava_tune.data.order import BatchOrder
-from llava_tune.data.preparation import make_layout
+from llava_tune.data.plan import make_layout
 from llava_tune.data.store import read_manifest
-from llava_tune.data.tokenizer import load_tokenizer
+from llava_tune.data.tokens.layout import Layout
+from llava_tune.data.tokens.tokenizer import load_tokenizer
 from llava_tune.errors import InputError
 from llava_tune.model.factory import build_llava
 from llava_tune.model.llava import Llava

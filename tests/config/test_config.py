@@ -99,7 +99,7 @@ def test_flags_override_and_a_wrong_one_is_refused(small: Small, cli: Callable[.
 
 def test_shipped_recipes_have_the_published_hyper_parameters() -> None:
     runs = {name: load_run(name) for _, name, _ in list_configs("internlm2")}
-    assert len(runs) == 4
+    assert len(runs) == 5
     base = "llava_internlm2_chat_7b_clip_vit_large_p14_336_"
     # LLaVA-1.5 (arXiv:2310.03744), table 9; LoRA: the authors' finetune_lora.sh
     expected = {
@@ -113,7 +113,12 @@ def test_shipped_recipes_have_the_published_hyper_parameters() -> None:
         assert (run.training.global_batch_size, run.optimizer.learning_rate) == (batch, rate)
         assert (run.optimizer.schedule, run.optimizer.warmup_ratio, run.optimizer.weight_decay) == ("cosine", 0.03, 0.0)
         assert (run.model.llm.freeze, run.model.llm.lora.rank, run.training.epochs) == (freeze, rank, 1)
-        assert run.model.vision.name == "ViT-L-14-336-quickgelu"
+        assert run.model.vision is not None and run.model.vision.name == "ViT-L-14-336-quickgelu"
+    text = runs[
+        "internlm2_chat_7b_qlora_alpaca_e3_gpu1_finetune"
+    ]  # XTuner's recipe of internlm2_chat_7b, QLoRA, Alpaca
+    assert text.model.vision is None and text.model.llm.quantization == "nf4"
+    assert (text.model.llm.lora.rank, text.optimizer.learning_rate, text.training.epochs) == (64, 2e-4, 3)
 
 
 def test_docstring_of_each_recipe_starts_with_the_command_that_runs_it() -> None:

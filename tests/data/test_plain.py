@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_tune.data.layout import Layout, LayoutSpec
 from llava_tune.data.parts import DataSet, Job, Part, Task, Worker
 from llava_tune.data.plain import Message, RawRecord
 from llava_tune.data.records import BadRecord, Record, parse_record
 from llava_tune.data.sources import Span
-from llava_tune.data.templates import get_template
-from llava_tune.data.tokenizer import load_tokenizer, load_vocabulary
+from llava_tune.data.tokens.layout import Layout, LayoutSpec
+from llava_tune.data.tokens.templates import get_template
+from llava_tune.data.tokens.tokenizer import load_tokenizer, load_vocabulary
 
 pieces = [*"ab  \n\t.,12é中。🙂▁<|>", "<image>", "<|im_end|>", "<|im_start|>", "</s>", "word ", "\x00"]
 texts = st.lists(st.sampled_from(pieces), max_size=12).map("".join)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from llava_tune.data.encoder import Encoder
-from llava_tune.data.tokenizer import load_tokenizer, load_vocabulary
+from llava_tune.data.tokens.encoder import Encoder
+from llava_tune.data.tokens.tokenizer import load_tokenizer, load_vocabulary
 
 ODD = [
     "<s>", "</s>", "a</s>b", "<unk>", "a\0b", "\0", "<|im_end|>", "<|im_start|>user", "[UNUSED_TOKEN_3]", "ＥＦ x", "  lead",

@@ -51,7 +51,7 @@ def loss_and_gradients(llava: Any, batches: list[dict[str, Any]]) -> tuple[float
     return total, {n: p.grad.clone() for n, p in llava.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "auto"])
 @pytest.mark.parametrize("more", ["plain", "checkpointing", "lora"])
 def test_packed_equals_unpacked(small: Small, attention: str, more: str) -> None:
     fields: dict[str, Any] = {"model.llm.attention": attention, "model.vision.freeze": False}

@@ -8,11 +8,11 @@ from typing import Literal
 import numpy as np
 
 from llava_tune.constants import IGNORE_INDEX, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
-from llava_tune.data.encoder import Encoder
 from llava_tune.data.plain import PlainRecords
 from llava_tune.data.records import Record
-from llava_tune.data.templates import Template
-from llava_tune.data.tokenizer import Vocabulary
+from llava_tune.data.tokens.encoder import Encoder
+from llava_tune.data.tokens.templates import Template
+from llava_tune.data.tokens.tokenizer import Vocabulary
 from llava_tune.errors import InputError
 
 

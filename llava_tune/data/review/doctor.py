@@ -13,15 +13,15 @@ import xxhash
 
 from llava_tune.config import Run
 from llava_tune.constants import IMAGE_PLACEHOLDER
-from llava_tune.data.findings import EXAMPLES, KINDS, ORDER, Finding
 from llava_tune.data.formats import converter, detect_format
 from llava_tune.data.images import MAX_PIXELS, BadImage, opened
 from llava_tune.data.mix import image_folders
 from llava_tune.data.parts import BATCH_RECORDS, DataSet, Job, Part, Task, Worker, this_worker
 from llava_tune.data.plain import RawRecord
+from llava_tune.data.plan import Plan, make_plan
 from llava_tune.data.pool import run_parallel
-from llava_tune.data.preparation import Plan, make_plan
 from llava_tune.data.records import BadRecord, Record, parse_record
+from llava_tune.data.review.findings import EXAMPLES, KINDS, ORDER, Finding
 from llava_tune.data.sources import Source, open_sources
 from llava_tune.data.splits import split_name
 from llava_tune.errors import InputError

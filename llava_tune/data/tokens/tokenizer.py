@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from llava_tune.data.words import cut_table
+from llava_tune.data.tokens.words import cut_table
 from llava_tune.errors import InputError
 from llava_tune.paths import cache_folder, whole_folder
 

@@ -17,9 +17,9 @@ from llava_tune.data.formats import converter
 from llava_tune.data.images import BadImage, opened
 from llava_tune.data.mix import image_folders
 from llava_tune.data.parts import DataSet, Job, Part, Task, Worker
-from llava_tune.data.preparation import Plan, make_plan
+from llava_tune.data.plan import Plan, make_plan
 from llava_tune.data.store import StoreRows, images_of, read_manifest
-from llava_tune.data.tokenizer import load_tokenizer
+from llava_tune.data.tokens.tokenizer import load_tokenizer
 from llava_tune.errors import InputError
 
 _FIRST_RECORDS = 10_000

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from llava_tune.data.images import BadImage, opened
-from llava_tune.data.samples import Sample, Samples
+from llava_tune.data.review.samples import Sample, Samples
 
 _THUMBNAIL = 192
 _BINS = 40
@@ -31,7 +31,7 @@ def write_page(samples: Samples, path: Path) -> None:
         "samples": [_sample(s, samples.folders.get(s.data_set)) for s in samples.chosen],
     }
     text = json.dumps(data, ensure_ascii=False).replace("</", "<\\/").replace("<!--", "<\\!--")
-    page = resources.files("llava_tune.data").joinpath("page.html").read_text(encoding="utf-8")
+    page = resources.files("llava_tune.data.review").joinpath("page.html").read_text(encoding="utf-8")
     write_whole(path, page.replace("{{title}}", html.escape(samples.title)).replace("{{data}}", text))
 
 

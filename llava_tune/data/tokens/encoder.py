@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_tune.data.words import cut
+from llava_tune.data.tokens.words import cut
 
 PROOF_STRINGS = 16
 """Strings of each batch that the reference encodes too."""

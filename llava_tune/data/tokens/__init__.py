@@ -1,0 +1,1 @@
+"""From the text of a conversation to ids and labels."""
