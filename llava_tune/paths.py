@@ -26,15 +26,22 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; on success it becomes `path`, on failure it is removed."""
+def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Yield a path beside `path` to write to; on success it becomes `path`, on failure it is removed.
+
+    Args:
+        durable: also outlive a crash of the machine at once. Otherwise the file may be gone after one; but what is there is
+            whole if its content was synced.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield beside
-        sync(beside)
+        if durable:
+            sync(beside)
         beside.replace(path)
-        sync(path.parent)
+        if durable:
+            sync(path.parent)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise

@@ -21,7 +21,7 @@ from llava_tune.data.sources import BadRow, Chunk, Source, Span, open_source
 from llava_tune.data.store import PARTS, file_hash, part_name, part_writer, to_arrow
 from llava_tune.data.tokens.layout import Layout, LayoutSpec, TokenizedBatch, merge
 from llava_tune.data.tokens.templates import Template
-from llava_tune.paths import write_whole
+from llava_tune.paths import whole_file
 
 BATCH_RECORDS = 4096
 """Records tokenized in one call, and rows of one Arrow record batch."""
@@ -109,7 +109,8 @@ class Worker:
             "encoder": layout.encoder.name,
             **part.counts,
         }
-        write_whole(facts_path(self.job.folder, task.index), json.dumps(facts))
+        with whole_file(facts_path(self.job.folder, task.index), durable=False) as beside:
+            beside.write_text(json.dumps(facts))
         return facts
 
 
@@ -253,7 +254,7 @@ def part_facts(folder: Path, task: Task) -> dict[str, Any] | None:
     """The facts of a part that is written already, or None."""
     try:
         facts: dict[str, Any] = json.loads(facts_path(folder, task.index).read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # a ValueError: the machine crashed before its content was on disk
         return None
     same = facts["span"] == [task.span.start, task.span.end] and facts["source"] == task.file
     return facts if same and (folder / facts["file"]).is_file() else None
@@ -286,7 +287,9 @@ def this_worker() -> Worker:
 
 def work(task: Task) -> dict[str, Any]:
     """Write a part in a worker process."""
-    return this_worker().write(task)
+    facts = this_worker().write(task)
+    gc.collect()  # the little that had cycles; what there was before the fork is frozen
+    return facts
 
 
 def rows_of(source: Source, format: str, convert: str | None) -> Iterator[tuple[int, Any]]:

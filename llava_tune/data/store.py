@@ -18,7 +18,7 @@ from llava_tune.constants import IMAGE_TOKEN_INDEX
 from llava_tune.data.sources import Source
 from llava_tune.data.tokens.layout import TokenizedBatch
 from llava_tune.errors import InputError
-from llava_tune.paths import whole_file, write_whole
+from llava_tune.paths import sync, whole_file, write_whole
 
 if TYPE_CHECKING:
     import datasets
@@ -95,13 +95,15 @@ def part_name(index: int) -> str:
 
 @contextmanager
 def part_writer(folder: Path, index: int) -> Iterator[Any]:
-    """Write one Arrow stream file; it is there, whole, when the block ends without an error."""
-    with (
-        whole_file(folder / part_name(index)) as beside,
-        pa.OSFile(str(beside), "wb") as sink,
-        pa.ipc.new_stream(sink, SCHEMA) as writer,
-    ):
-        yield writer
+    """Write one Arrow stream file; it is there, whole, when the block ends without an error.
+
+    Its content is synced before it gets its name. Whether the name outlives a crash of the machine doesn't matter: a part that
+    is missing is written again, and the manifest syncs the folder.
+    """
+    with whole_file(folder / part_name(index), durable=False) as beside:
+        with pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+            yield writer
+        sync(beside)
 
 
 def file_hash(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +21,7 @@ Shape = Literal["json", "jsonl"]
 
 _BLOCK = 1 << 20
 _SEPARATORS = b", \t\r\n"
+_OPEN, _CLOSE = b"[]"
 _DECODER = msgspec.json.Decoder(list[RawRecord])
 _BOM = b"\xef\xbb\xbf"
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -75,8 +75,9 @@ class TextSource(Source):
     def read(self, span: Span) -> Chunk:
         if span.text is not None:
             return TextChunk(span.text, self.shape)
-        with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            return TextChunk(view[span.start : span.end], self.shape)
+        with self.path.open("rb") as file:
+            file.seek(span.start)
+            return TextChunk(file.read(span.end - span.start), self.shape)
 
     def first_row(self) -> Any:
         try:
@@ -182,11 +183,18 @@ class TextChunk(Chunk):
         self.units = int(np.count_nonzero(np.frombuffer(text, np.uint8) == 10))
 
     def typed(self) -> list[RawRecord] | None:
-        body = self.text.removeprefix(_BOM).strip(_SEPARATORS)
+        text = self.text
         if self.shape == "jsonl":
-            body = body.replace(b"\n", b",")
+            text = text.removeprefix(_BOM).strip(_SEPARATORS).replace(b"\n", b",")
+        begin, end = 0, len(text)
+        while begin < end and text[begin] in _SEPARATORS:
+            begin += 1
+        while begin < end and text[end - 1] in _SEPARATORS:
+            end -= 1
+        array = bytearray(end - begin + 2)  # the text between brackets, copied once
+        array[0], array[1:-1], array[-1] = _OPEN, memoryview(text)[begin:end], _CLOSE
         try:
-            return _DECODER.decode(b"[" + body + b"]")
+            return _DECODER.decode(array)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return None
 
