@@ -23,21 +23,14 @@ class JsonScanner:
 
         A position is negative (-p) where the depth came back to 0: the end of the whole text.
         """
-        # `[]{}` are the bytes whose bits outside 0x26 are 0x59; so are five others, sorted out below.
-        maybe = (block & 0xD9) == 0x59
-        maybe |= block == _QUOTE
-        at = np.flatnonzero(maybe)
-        kind = block[at]
-        quote = kind == _QUOTE
+        quotes = np.flatnonzero(block == _QUOTE)
         if self._backslashes or (block == _BACKSLASH).any():
-            quotes = at[quote]
-            quote[np.flatnonzero(quote)[self._escaped(block, quotes)]] = False
-        inside = (np.cumsum(quote, dtype=np.uint8) & 1).view(bool)
-        if self.in_string:
-            inside = ~inside
-        if len(inside):
-            self.in_string = bool(inside[-1])
-        kind = kind | 0x20  # `[` and `{` are now the same, and so are `]` and `}`
+            quotes = np.delete(quotes, self._escaped(block, quotes))
+        # `[]{}` are the bytes whose bits outside 0x26 are 0x59; the five others that are so are sorted out below.
+        at = np.flatnonzero((block & 0xD9) == 0x59)
+        kind = block[at] | 0x20  # `[` and `{` are now the same, and so are `]` and `}`
+        inside = (np.searchsorted(quotes, at) & 1).astype(bool) ^ self.in_string
+        self.in_string ^= bool(len(quotes) & 1)
         bracket = np.flatnonzero(((kind == _OPEN) | (kind == _CLOSE)) & ~inside)
         closes = kind[bracket] == _CLOSE
         depth = self.depth + np.cumsum(np.where(closes, np.int8(-1), np.int8(1)), dtype=np.int32)

@@ -258,7 +258,7 @@ class Layout:
         supervised: np.ndarray,
     ) -> TokenizedBatch:
         most = self._most_characters
-        if any(map(most.__lt__, map(len, texts))):  # what lies behind can't be within max_length, whatever its tokens
+        if max(map(len, texts), default=0) > most:  # what lies behind can't be within max_length, whatever its tokens
             texts = [text[:most] for text in texts]
         encoded = self.encoder.encode(texts, self._forbidden)
         # A piece is one or more units: a constant is one, a text is its words. A unit is a run of ids in the pool.
