@@ -16,6 +16,9 @@ from llava_tune.data.parts import Job, Task, build_worker, start_worker
 
 R = TypeVar("R")
 
+SMALL_BYTES = 4 << 20
+"""Sources smaller than this are read in one process: starting others would take longer."""
+
 
 def run_parallel(
     job: Job, tasks: Iterable[Task], num_proc: int, work: Callable[[Task], R], done: Callable[[Task, R], None]
@@ -41,7 +44,7 @@ def run_parallel(
 
     try:
         for task in tasks:
-            waiting[pool.submit(work, task)] = replace(task, span=replace(task.span, text=None))
+            waiting[pool.submit(work, task)] = replace(task, span=task.span.without_text())
             collect(2 * num_proc)
         collect(0)
     except BrokenProcessPool as error:

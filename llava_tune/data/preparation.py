@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from llava_tune.config import Run
+from llava_tune.data import pool
 from llava_tune.data.parts import SKIPPED, DataSet, Job, Task, Worker, part_facts, work
 from llava_tune.data.plan import Plan, check_plan, make_plan
-from llava_tune.data.pool import run_parallel
 from llava_tune.data.shards import Shard
 from llava_tune.data.sources import Source, Span
 from llava_tune.data.sources.text import TextSource
@@ -28,9 +28,6 @@ from llava_tune.data.store import (
 )
 from llava_tune.errors import InputError
 from llava_tune.paths import write_whole
-
-SMALL_BYTES = 4 << 20
-"""Sources smaller than this are prepared in one process: starting others would take longer."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +126,9 @@ def prepare_plan(
     work = _Preparation(folder, plan, skip)
     work.begin()
     facts = work.write(num_proc or plan.num_proc, shard or Shard(), report or (lambda _: None))
+    if (folder / MANIFEST).is_file():  # another shard finished the store meanwhile
+        shutil.rmtree(folder / PARTS, ignore_errors=True)
+        return _already(folder, plan)
     if None in facts:
         return Prepared.unfinished(folder, [f for f in facts if f is not None], facts.count(None))
     try:
@@ -152,7 +152,7 @@ def finalize(run: Run, save_folder: str | Path, *, skip: str | Path | None = Non
         raise InputError(f"{folder}: holds no unfinished store. Run `prepare` without --finalize")
     work = _Preparation(folder, plan, Path(skip) if skip else None)
     work.begin()
-    tasks = list(work.tasks())
+    tasks = [replace(task, span=task.span.without_text()) for task in work.tasks()]
     facts = [part_facts(folder, task) for task in tasks]
     missing = [task.index for task, known in zip(tasks, facts, strict=True) if known is None]
     if missing:
@@ -261,15 +261,15 @@ class _Preparation:
                 elif shard.has(task.index):
                     yield task
                 else:
-                    elsewhere.append(replace(task, span=replace(task.span, text=None)))
+                    elsewhere.append(replace(task, span=task.span.without_text()))
 
-        small = sum(source.bytes for _, source in self.sources) < SMALL_BYTES
+        small = sum(source.bytes for _, source in self.sources) < pool.SMALL_BYTES
         if num_proc == 1 or small:
             worker = Worker(self.job)
             for task in missing():
                 done(task, worker.write(task))
         else:
-            run_parallel(self.job, missing(), num_proc, work, done)
+            pool.run_parallel(self.job, missing(), num_proc, work, done)
         for task in elsewhere:  # what the other shards have written meanwhile
             done(task, part_facts(self.folder, task))
         return [facts[i] for i in sorted(facts)]

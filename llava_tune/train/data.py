@@ -12,6 +12,8 @@ from pathlib import Path
 from llava_tune.config import Run
 from llava_tune.data.plan import Plan, check_plan, make_plan
 from llava_tune.data.preparation import Progress, prepare_plan
+from llava_tune.data.sources import open_sources
+from llava_tune.data.splits import split_name
 from llava_tune.data.store import MANIFEST, read_manifest
 from llava_tune.paths import cache_folder, write_whole
 from llava_tune.train.launch import rank
@@ -24,8 +26,12 @@ def cached_store(plan: Plan) -> Path:
     Raises:
         InputError: a source is missing or broken.
     """
-    sources = [[str(s.path.resolve()), s.format, *s.identity()] for _, s in plan.open()]
-    key = [asdict(plan.spec), sources, [planned.convert_hash for planned in plan.sets]]
+    sets = []
+    for planned in plan.sets:
+        files = open_sources(planned.config.data_path, split_name(planned.config.split))
+        known = [[str(file.path.resolve()), *file.identity()] for file in files]
+        sets.append([planned.config.format, planned.convert_hash, planned.layout.template.name, known])
+    key = [asdict(plan.spec), sets]
     return cache_folder() / "datasets" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
 
 

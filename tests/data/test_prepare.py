@@ -18,9 +18,11 @@ from typing import Any
 import datasets
 import pytest
 
-from llava_tune.config import load_run
-from llava_tune.data import prepare
+from llava_tune.config import load_run, with_fields
+from llava_tune.data import preparation, prepare
 from llava_tune.data import store as stores
+from llava_tune.data.preparation import finalize
+from llava_tune.data.shards import Shard, parse_shard, slurm_shard
 from llava_tune.data.sources import base
 from llava_tune.errors import InputError
 from tests.conftest import Finished, Small, wrong_input
@@ -50,8 +52,8 @@ TINY_PARTS = """
 import sys
 import llava_tune.data.sources.base as s
 s.PART_BYTES = 30_000
-import llava_tune.data.preparation
-sys.modules["llava_tune.data.preparation"].SMALL_BYTES = 0
+import llava_tune.data.pool
+llava_tune.data.pool.SMALL_BYTES = 0
 from llava_tune.cli.main import main
 if __name__ == "__main__":
     main()
@@ -324,3 +326,60 @@ def test_part_size_does_not_change_the_samples(small: Small, tmp_path: Path, mon
     one, many = (datasets.load_from_disk(str(tmp_path / name)) for name in ("one", "many"))
     assert len(list((tmp_path / "many").glob("*.arrow"))) > 10
     assert one[:] == many[:]
+
+
+def test_shards_in_any_order_and_finalize(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "PART_BYTES", 20_000)
+    run = with_fields(
+        load_run(small.config), {"dataset.data_path": str(many_records(small, tmp_path / "m.json", 1000))}
+    )
+    prepare(run, tmp_path / "reference", num_proc=1)
+    done = prepare(run, tmp_path / "s", num_proc=1, shard=Shard(2, 3))
+    assert done.missing > 0 and 0 < done.samples < 1000
+    with pytest.raises(InputError, match=r"parts are missing, the first is number 1\. Run the shards"):
+        finalize(run, tmp_path / "s")
+    with pytest.raises(InputError, match="has not finished"):
+        stores.open_store(tmp_path / "s")
+    assert prepare(run, tmp_path / "s", num_proc=1, shard=Shard(0, 3)).missing > 0
+    last = prepare(run, tmp_path / "s", num_proc=1, shard=Shard(1, 3))
+    assert (last.missing, last.samples) == (0, 1000)
+    assert digest(tmp_path / "s") == digest(tmp_path / "reference")
+    assert finalize(run, tmp_path / "s").was_there
+
+
+def test_a_store_whose_last_shard_died_before_the_manifest_is_finalized(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = load_run(small.config)
+    prepare(run, tmp_path / "reference", num_proc=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(run, tmp_path / "s", num_proc=1)
+    assert finalize(run, tmp_path / "s").samples == 48
+    assert digest(tmp_path / "s") == digest(tmp_path / "reference")
+
+
+@pytest.mark.parametrize(
+    ("environ", "shard"),
+    [
+        ({}, Shard(0, 1)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "7"}, Shard(0, 1)),  # a batch script itself
+        ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4"}, Shard(3, 4)),
+        ({"SLURM_ARRAY_TASK_ID": "12", "SLURM_ARRAY_TASK_MIN": "10", "SLURM_ARRAY_TASK_MAX": "13"}, Shard(2, 4)),
+        (
+            {"SLURM_ARRAY_TASK_ID": "8", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "12", "SLURM_ARRAY_TASK_STEP": "4",
+             "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"},
+            Shard(5, 8),
+        ),
+    ],
+)  # fmt: skip
+def test_the_shard_that_slurm_gives(environ: dict[str, str], shard: Shard) -> None:
+    assert slurm_shard(environ) == shard
+
+
+def test_a_shard_by_hand() -> None:
+    assert parse_shard("1/4") == Shard(0, 4)
+    for wrong in ("0/4", "5/4", "4", "a/b", "-1/2"):
+        with pytest.raises(InputError, match="I from 1 to N"):
+            parse_shard(wrong)

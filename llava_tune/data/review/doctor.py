@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from llava_tune.data.mix import image_folders
 from llava_tune.data.parts import BATCH_RECORDS, DataSet, Job, Part, Task, Worker, this_worker
 from llava_tune.data.plain import RawRecord
 from llava_tune.data.plan import Plan, make_plan
-from llava_tune.data.pool import run_parallel
+from llava_tune.data.pool import SMALL_BYTES, run_parallel
 from llava_tune.data.records import BadRecord, Record, parse_record
 from llava_tune.data.review.findings import EXAMPLES, KINDS, ORDER, Finding
 from llava_tune.data.sources import Source, open_sources
+from llava_tune.data.sources.text import TextSource
 from llava_tune.data.splits import split_name
 from llava_tune.errors import InputError
 from llava_tune.paths import cache_folder
@@ -172,11 +173,11 @@ class _Doctor:
 
         def done(task: Task, checked: Checked) -> None:
             nonlocal read
-            self.parts[task.index] = task, checked
+            self.parts[task.index] = replace(task, span=task.span.without_text()), checked
             read += task.span.cost
             report(read, total, sum(len(c.findings) for _, c in self.parts.values()))
 
-        if num_proc == 1:
+        if num_proc == 1 or total < SMALL_BYTES:
             worker = Worker(self.job)
             for task in self._tasks():
                 done(task, examine_part(worker, task))
@@ -263,7 +264,7 @@ class _Doctor:
         source = self.sources[task.file][1]
         start = 1 + sum(c.units for t, c in self.parts.values() if t.file == task.file and t.index < task.index)
         span = task.span
-        if span.text is None and getattr(source, "compressed", False):
+        if isinstance(source, TextSource) and source.compressed:  # reading it again would mean from its start
             return {"source": source.path.name, "record": index + 1}
         for k, (place, row) in enumerate(source.read(span).rows()):
             if k == index:

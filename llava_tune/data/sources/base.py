@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,10 @@ class Span:
     end: int
     cost: int
     text: bytes | None = None
+
+    def without_text(self) -> Span:
+        """The same span, to be kept: it doesn't hold the text in memory."""
+        return replace(self, text=None)
 
 
 class Chunk(ABC):

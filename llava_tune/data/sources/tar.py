@@ -31,6 +31,7 @@ class TarSource(Source):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._samples: list[tuple[str, list[Member]]] | None = None
+        self._digest = ""
 
     def _index(self) -> list[tuple[str, list[Member]]]:
         """The samples in the file's order, from the headers alone."""
@@ -63,10 +64,12 @@ class TarSource(Source):
         for start in range(0, count, PART_SAMPLES):
             end = min(count, start + PART_SAMPLES)
             yield Span(start, end, self.bytes * end // count - self.bytes * start // count)
+        self._digest = xxhash.xxh3_128(msgspec.json.encode(self._index())).hexdigest()
+        self._samples = None  # a thousand shards of a hundred thousand samples are not held at once
 
     def digest(self) -> str:
         """Of the members' names, places and sizes: the images themselves are not read."""
-        return xxhash.xxh3_128(msgspec.json.encode(self._index())).hexdigest()
+        return self._digest
 
     def read(self, span: Span) -> Chunk:
         with self.path.open("rb") as file:
