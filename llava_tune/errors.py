@@ -5,6 +5,8 @@ from __future__ import annotations
 EXIT_OK = 0
 EXIT_RUN_FAILED = 1
 EXIT_BAD_INPUT = 2
+EXIT_REQUEUE = 75
+"""A run stopped for a signal after saving (sysexits.h: EX_TEMPFAIL): start it again with --resume, it goes on."""
 
 
 class InputError(ValueError):

@@ -95,6 +95,8 @@ def _print(samples: Samples) -> None:
         if sample.cut:
             text.append(" ✂", style="bold red")
         console.print(text)
+    if samples.partial:
+        console.print("of the first records of each data set (a prepared folder shows all):", style="dim")
     for name, sums in samples.sums.items():
         share = sums["supervised"] / max(sums["tokens"], 1)
         lengths = samples.lengths[name]

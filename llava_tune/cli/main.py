@@ -35,7 +35,7 @@ def usage() -> str:
         "llava-tune pretrain CFG --help   every field of that config, with its meaning and value\n\n"
         "NPROC_PER_NODE=8 llava-tune pretrain CFG               8 processes through torchrun\n"
         "srun ... llava-tune pretrain CFG --launcher slurm      processes that Slurm started\n"
-        "Exit codes: 0 done, 1 the run failed, 2 the input is wrong"
+        "Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 75 stopped by a signal after saving"
     )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from llava_tune.cli.options import FlatRun, parse
 from llava_tune.config.shipped import deepspeed_config
+from llava_tune.errors import EXIT_REQUEUE
 
 DESCRIPTION = "Train the projector between a vision tower and a language model (stage 1)."
 
@@ -41,7 +43,11 @@ def main(arguments: list[str], verb: str = "pretrain", description: str = DESCRI
     run = options.run
     work_dir = run.work_dir or str(Path("work_dirs") / Path(config).stem)
     run = dataclasses.replace(run, work_dir=work_dir)
-    train(run, deepspeed=deepspeed, launcher=options.launcher, resume=options.resume)
+    trained = train(run, deepspeed=deepspeed, launcher=options.launcher, resume=options.resume)
+    if trained.stopped:
+        print(f"stopped for a signal after saving {trained.checkpoint}; --resume goes on", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        raise SystemExit(EXIT_REQUEUE)
 
 
 def _with_bare_resume(arguments: list[str]) -> list[str]:

@@ -29,17 +29,24 @@ from llava_tune.train.checkpoint import check_resume, checkpoints, clear_staging
 from llava_tune.train.data import is_foreign
 from llava_tune.train.launch import collective_timeout, rank, world_size
 from llava_tune.train.preview import PreviewCallback
+from llava_tune.train.stopping import StopOnSignal
 from llava_tune.train.telemetry import Telemetry, draw_loss_curve
 from llava_tune.train.trainer import LlavaTrainer
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run gave."""
+    """What a run gave.
+
+    Attributes:
+        steps: optimizer steps of the whole run.
+        stopped: it saved and ended early, for a signal.
+    """
 
     work_dir: Path
     checkpoint: Path
     steps: int
+    stopped: bool = False
 
 
 def use_bf16(run: Run) -> bool:
@@ -99,12 +106,15 @@ def run_session(
         llava.gradient_checkpointing_enable()
     tokenizer = load_tokenizer(run.model.llm.tokenizer or run.model.llm.name)
     trainer = _trainer(run, llava, tokenizer, dataset, transform, order, arguments, fingerprint, work_dir, start_step)
+    stop = StopOnSignal()
+    trainer.add_callback(stop)
     if main:
         _announce(run, llava, dataset, order, work_dir, checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if main:
         _finish(dataset, work_dir)
-    return Trained(work_dir, checkpoints(work_dir)[-1], order.total_steps)
+    last = checkpoints(work_dir)[-1]
+    return Trained(work_dir, last, order.total_steps, stop.stopped and step_of(last) < order.total_steps)
 
 
 def _dataset(run: Run, store: Path, transform: ImageTransform, work_dir: Path) -> LlavaDataset:

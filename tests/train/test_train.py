@@ -133,11 +133,13 @@ def test_deepspeed_on_two_processes(
     done = cli(*arguments, "--work-dir", tmp_path / "ds", env={"NPROC_PER_NODE": "2"})
     assert done.code == 0, done.err
     close(losses(tmp_path / "ds"), reference[1], 1e-4)
+    check_weights(tmp_path / "ds/checkpoint-20", reference[0] / "checkpoint-20")
+    if stage == 1:  # resumes through the same code as stage 2
+        return
     resume = tmp_path / "ds/checkpoint-10"
     done = cli(*arguments, "--work-dir", tmp_path / "again", "--resume", resume, env={"NPROC_PER_NODE": "2"})
     assert done.code == 0, done.err
     close(losses(tmp_path / "again"), losses(tmp_path / "ds")[10:], 1e-6)
-    check_weights(tmp_path / "ds/checkpoint-20", reference[0] / "checkpoint-20")
 
 
 def check_weights(found: Path, expected: Path) -> None:
@@ -359,3 +361,64 @@ def test_gradient_checkpointing_changes_no_loss_and_bf16_little(
     assert done.code == 0, done.err
     close(losses(tmp_path / "b"), reference[1], 0.02)
     assert losses(tmp_path / "b") != reference[1]
+
+
+@pytest.mark.parametrize(("number", "processes"), [(signal.SIGUSR1, 1), (signal.SIGTERM, 2)])
+def test_a_signal_saves_and_ends_with_a_code_to_requeue_on(
+    small: Small,
+    store: Path,
+    reference: tuple[Path, list[float]],
+    cli: Callable[..., Finished],
+    tmp_path: Path,
+    number: int,
+    processes: int,
+) -> None:
+    run = (
+        "pretrain",
+        small.config,
+        "--work-dir",
+        tmp_path / "run",
+        *offline(store),
+        *STEPS,
+        "--training.save-steps",
+        "100",
+    )
+    ranks = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29731",
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "llava_tune.cli.main", *map(str, run)],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                **(ranks if processes > 1 else {}),
+                "RANK": str(k),
+                "LOCAL_RANK": str(k),
+            }
+            if processes > 1
+            else {**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for k in range(processes)
+    ]
+    metrics = tmp_path / "run/metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not metrics.is_file() or len(metrics.read_text().splitlines()) < 2:
+        assert time.monotonic() < deadline and started[0].poll() is None
+        time.sleep(0.02)
+    started[-1].send_signal(number)  # one rank is enough
+    errors = [process.communicate(timeout=200)[1].decode() for process in started]
+    assert [process.returncode for process in started] == [75] * processes, errors
+    assert "stopped for a signal after saving" in errors[0]
+    steps = len(losses(tmp_path / "run"))
+    assert 2 <= steps < 20
+    assert (tmp_path / f"run/checkpoint-{steps}").is_dir()
+    resumed = cli(*run, "--resume")
+    assert resumed.code == 0, resumed.err
+    close(losses(tmp_path / "run"), reference[1], 0 if processes == 1 else 1e-5)

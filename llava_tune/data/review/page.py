@@ -26,6 +26,7 @@ def write_page(samples: Samples, path: Path) -> None:
     data = {
         "title": samples.title,
         "total": samples.total,
+        "partial": samples.partial,
         "maxLength": samples.max_length,
         "sets": [_set(name, samples) for name in samples.sums],
         "samples": [_sample(s, samples.folders.get(s.data_set)) for s in samples.chosen],
@@ -37,7 +38,7 @@ def write_page(samples: Samples, path: Path) -> None:
 
 def _set(name: str, samples: Samples) -> dict[str, Any]:
     lengths = samples.lengths[name]
-    top = max(int(lengths.max()) if len(lengths) else 1, 1)
+    top = max(int(some.max(initial=1)) for some in samples.lengths.values())  # one scale for all data sets
     counts, edges = np.histogram(lengths, bins=min(_BINS, top), range=(0, top + 1))
     return {"name": name, **samples.sums[name], "counts": counts.tolist(), "edges": [round(float(e)) for e in edges]}
 

@@ -86,6 +86,8 @@ class Samples:
     image_tokens: int
     max_length: int
     folders: dict[str, Path | None] = field(default_factory=dict)
+    partial: bool = False
+    """The figures are of the first records of each data set only."""
 
 
 def samples_of_store(
@@ -155,9 +157,10 @@ def samples_of_run(run: Run, count: int, seed: int = 0) -> Samples:
     plan = make_plan(run)
     decode = _Decoder(name)
     found = Samples("", [], 0, {}, {}, plan.spec.image_tokens, plan.spec.max_length)
-    found.title = ", ".join(p.config.data_path for p in plan.sets)
+    found.title = plan.sets[0].config.data_path if len(plan.sets) == 1 else ", ".join(p.name for p in plan.sets)
     folders = image_folders(run.dataset, {"data_sets": [{"name": p.name} for p in plan.sets]})
-    for k, batch in _first_batches(plan):
+    for k, batch, partial in _first_batches(plan):
+        found.partial |= partial
         name = plan.sets[k].name
         found.lengths[name] = batch.lengths
         found.sums[name] = {
@@ -190,17 +193,19 @@ def samples_of_run(run: Run, count: int, seed: int = 0) -> Samples:
     return found
 
 
-def _first_batches(plan: Plan) -> Iterator[tuple[int, Any]]:
-    """(index of the data set, its first records tokenized)."""
+def _first_batches(plan: Plan) -> Iterator[tuple[int, Any, bool]]:
+    """(index of the data set, its first records tokenized, whether there are more)."""
     for index, group in groupby(plan.open(), key=lambda pair: pair[0]):
-        source = next(group)[1]
+        source, *others = (source for _, source in group)
         planned = plan.sets[index]
         data = DataSet(planned.layout, source.format, planned.config.convert)
         worker = Worker(Job(Path(), (data,), ((source.path, 0),)))
-        span = next(iter(source.spans()))
+        spans = source.spans()
+        span = next(spans)
         part = Part(Task(0, 0, replace(span, cost=0)), source, worker.layout(planned.layout), frozenset())
         records = part.records(source.read(span), converter(data.format, data.convert))
-        yield index, part.tokenize(records[:_FIRST_RECORDS], 0)
+        more = bool(others) or len(records) > _FIRST_RECORDS or next(spans, None) is not None
+        yield index, part.tokenize(records[:_FIRST_RECORDS], 0), more
 
 
 class _Decoder:
