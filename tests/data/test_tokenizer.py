@@ -89,3 +89,18 @@ def test_the_chat_tokens_have_their_ids(internlm2_tokenizer: Path) -> None:
     assert (
         tokenizer.decode(tokenizer.encode("Hello  world\n你好 🙂", add_special_tokens=False)) == "Hello  world\n你好 🙂"
     )
+
+
+def test_a_text_is_cut_only_where_no_token_reaches_across(internlm2_tokenizer: Path) -> None:
+    """Pieces such as a tab with spaces behind it must stay whole: each text alone, without the proof that would hide a wrong cut."""
+    vocabulary = load_vocabulary(str(internlm2_tokenizer))
+    encoder = Encoder(vocabulary.plain_json, vocabulary.cut_after)
+    encoder._proved = lambda *_: True  # type: ignore[method-assign]
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(internlm2_tokenizer / "tokenizer.model"))
+    before = ["", "a", "é", "中", "。", "\t", "\t\t", "\n", "\r\n", "▁", "}", ";", "🙂"]
+    texts = [f"x{b}{' ' * n}{a}" for b in before for n in (1, 2, 4, 8) for a in ("y", "\n", "\t", "12", "▁", "")]
+    encoded = encoder.encode(texts, CONTROL)
+    assert [encoded.of(i).tolist() for i in range(len(texts))] == [reference.encode(t) for t in texts]
+    assert len(encoded.codes) > len(texts)  # they were cut
+    cut_after = set(vocabulary.cut_after or ())
+    assert set(b"azAZ09.,") <= cut_after and not cut_after & set(b"\t\n ")
