@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import functools
 import gc
 import json
@@ -15,7 +13,6 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import pyarrow as pa
 
 from llava_tune.data.formats import Convert, converter
 from llava_tune.data.plain import RawRecord, plain_records
@@ -292,15 +289,7 @@ def work(task: Task) -> dict[str, Any]:
     """Write a part in a worker process."""
     facts = this_worker().write(task)
     gc.collect()  # the little that had cycles; what there was before the fork is frozen
-    _give_back()
     return facts
-
-
-def _give_back() -> None:
-    """Return freed memory to the system, so that a worker is no larger after a thousand parts than after one."""
-    pa.default_memory_pool().release_unused()
-    with contextlib.suppress(OSError, AttributeError):  # glibc's; others give memory back by themselves
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def rows_of(source: Source, format: str, convert: str | None) -> Iterator[tuple[int, Any]]:
