@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,31 +43,12 @@ _SUFFIXES = {
 
 
 @dataclass
-class Checked:
-    """What one part holds: counts, findings with their place in the part, and hashes to find copies by."""
-
-    records: int = 0
-    images: int = 0
-    tokens: int = 0
-    supervised: int = 0
-    supervised_lost: int = 0
-    units: int = 0
-    findings: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    id_hashes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
-    text_hashes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
-    sizes: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass
-class Report:
-    """What `doctor` found.
+class Counts:
+    """What there is of a part, or of all data.
 
     Attributes:
-        records, images, tokens, supervised: in all data; images are counted as often as records name them.
+        records, images, tokens, supervised: images are counted as often as records name them.
         supervised_lost: supervised tokens cut off by max_length.
-        lost: records that would take no part.
-        findings: worst first.
-        bad: every record or image that would be left out, as `prepare --skip` reads it.
         sizes: distinct images by their longer side, in steps of 256 pixels.
     """
 
@@ -75,10 +57,36 @@ class Report:
     tokens: int = 0
     supervised: int = 0
     supervised_lost: int = 0
+    sizes: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: Counts) -> None:
+        for part in fields(Counts):
+            setattr(self, part.name, getattr(self, part.name) + getattr(other, part.name))
+
+
+@dataclass
+class Checked(Counts):
+    """What one part holds: counts, findings with their place in the part, and hashes to find copies by."""
+
+    units: int = 0
+    findings: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    id_hashes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    text_hashes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+
+
+@dataclass
+class Report(Counts):
+    """What `doctor` found.
+
+    Attributes:
+        lost: records that would take no part.
+        findings: worst first.
+        bad: every record or image that would be left out, as `prepare --skip` reads it.
+    """
+
     lost: int = 0
     findings: list[Finding] = field(default_factory=list)
     bad: list[dict[str, Any]] = field(default_factory=list)
-    sizes: dict[str, int] = field(default_factory=dict)
 
     @property
     def harmful(self) -> bool:
@@ -86,7 +94,10 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """The report as plain data, without the full list of bad records."""
-        found = {k: v for k, v in asdict(self).items() if k not in ("findings", "bad")}
+        found = {
+            name: getattr(self, name)
+            for name in ("records", "images", "tokens", "supervised", "supervised_lost", "lost", "sizes")
+        }
         kinds = [{**asdict(f), "what": KINDS[f.kind].what, "advice": KINDS[f.kind].advice} for f in self.findings]
         return {**found, "harmful": self.harmful, "findings": kinds}
 
@@ -218,10 +229,7 @@ class _Doctor:
                     lost.add((task.file, placed["id"], placed[source.unit]))
                     result.bad.append(placed)
             first[task.file] = start + checked.units
-            for name in ("records", "images", "tokens", "supervised", "supervised_lost"):
-                setattr(result, name, getattr(result, name) + getattr(checked, name))
-            for size, count in checked.sizes.items():
-                result.sizes[size] = result.sizes.get(size, 0) + count
+            result.add(checked)
         result.lost = len(lost)
         self._find_copies()
         self._check_disk()
@@ -431,8 +439,7 @@ def _findings_of_image(folder: Path | None, image: str, quick: bool, checked: Ch
             if suffix in _SUFFIXES and picture.format not in (_SUFFIXES[suffix], "MPO"):
                 found.append(("image_suffix", f"a {picture.format} file"))
             size = max(width, height) // 256 * 256
-            name = f"{size}-{size + 255}"
-            checked.sizes[name] = checked.sizes.get(name, 0) + 1
+            checked.sizes[f"{size}-{size + 255}"] += 1
     except BadImage as error:
         return [(_kind_of_bad_image(str(error)), str(error))]
     return found
