@@ -347,6 +347,28 @@ def test_shards_in_any_order_and_finalize(small: Small, tmp_path: Path, monkeypa
     assert finalize(run, tmp_path / "s").was_there
 
 
+def test_a_store_that_another_shard_finished_meanwhile(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "PART_BYTES", 20_000)
+    run = with_fields(load_run(small.config), {"dataset.data_path": str(many_records(small, tmp_path / "m.json", 500))})
+    prepare(run, tmp_path / "reference", num_proc=1)
+    write = preparation._Preparation.write
+
+    def overtaken(self: Any, num_proc: int, shard: Shard, report: Any) -> Any:
+        found = write(self, num_proc, shard, report)
+        if shard.index == 0:  # the other one ends between our last look and our return
+            assert prepare(run, tmp_path / "s", num_proc=1, shard=Shard(1, 2)).missing == 0
+            (tmp_path / "s/parts").mkdir()  # what our own last note of the source's spans may bring back
+        return found
+
+    monkeypatch.setattr(preparation._Preparation, "write", overtaken)
+    done = prepare(run, tmp_path / "s", num_proc=1, shard=Shard(0, 2))
+    assert (done.was_there, done.missing, done.samples) == (True, 0, 500)
+    assert not (tmp_path / "s/parts").exists()
+    assert digest(tmp_path / "s") == digest(tmp_path / "reference")
+
+
 def test_a_store_whose_last_shard_died_before_the_manifest_is_finalized(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
