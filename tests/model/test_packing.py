@@ -137,3 +137,22 @@ def test_packs_are_full_and_the_order_does_not_depend_on_ranks() -> None:
     rows = [row for step in whole for one in step for row in one]
     assert set(rows) == set(range(20_000))  # the second data set's other half in the second epoch
     assert sum(row >= 12_000 for row in rows) / len(rows) == pytest.approx(0.25, abs=0.01)
+
+
+def test_rows_of_one_sample_each_are_one_call(small: Small) -> None:
+    """Padded on the right, with little padding: together what they are alone, and one call for all rows."""
+    from llava_tune.model.attention import sample_bounds
+
+    llava = build_llava(load_run(small.config).model)
+    assert llava.vision is not None
+    collate = Collator(llava.vision.tokens, 64)
+    each = [samples(llava.llm.config.vocab_size, 64)[k] for k in (1, 2, 1)]
+    batch = collate(each)
+    assert sample_bounds(batch["position_ids"]).tolist() == [[[[0, batch["position_ids"].shape[1]]]]]
+    loss, gradients = loss_and_gradients(llava, [batch])
+    expected, one_by_one = loss_and_gradients(llava, [collate([s]) for s in each])
+    assert loss == pytest.approx(expected, rel=1e-5)
+    for name, gradient in one_by_one.items():
+        assert (gradients[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max() + 1e-9, name
+    mixed = collate([each[0], [each[1], each[2]]])  # one row is packed: bounds for each row
+    assert sample_bounds(mixed["position_ids"]).shape[0] == 2
