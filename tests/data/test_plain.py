@@ -102,7 +102,7 @@ def test_tokens_give_the_text_back_and_no_control_token(
     """Round trip: the ids decode to the conversation; control tokens are the layout's own, however the text looks."""
     _, layout = worker(str(internlm2_tokenizer), "internlm2_chat", 4096, "front")
     tokenizer = tokenizer_of(str(internlm2_tokenizer))
-    rounds = [(q.replace("<image>", "image"), a.replace("<image>", "image")) for q, a in rounds]
+    rounds = [(q.replace("image", "picture"), a.replace("image", "picture")) for q, a in rounds]
     batch = layout.tokenize([Record("x", [], "", rounds)])
     ids = batch.input_ids
     assert int(np.isin(ids, [92543]).sum()) == 2 * len(rounds)
