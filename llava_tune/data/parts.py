@@ -7,6 +7,7 @@ import gc
 import json
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -261,6 +262,9 @@ def part_facts(folder: Path, task: Task) -> dict[str, Any] | None:
 
 
 _worker: Worker | None = None
+_thread: ThreadPoolExecutor | None = None
+"""The thread that works in a worker process. The main thread would fill the holes of the heap that the process was forked with,
+page by page, until none is shared any more; another thread has a heap of its own."""
 
 
 def build_worker(job: Job) -> None:
@@ -274,6 +278,8 @@ def build_worker(job: Job) -> None:
 
 def start_worker(job: Job) -> None:
     """Begin a worker process."""
+    global _thread
+    _thread = ThreadPoolExecutor(1)
     gc.disable()  # records are trees without cycles; the collector would walk them again and again
     if _worker is None or _worker.job != job:
         build_worker(job)
@@ -287,7 +293,8 @@ def this_worker() -> Worker:
 
 def work(task: Task) -> dict[str, Any]:
     """Write a part in a worker process."""
-    facts = this_worker().write(task)
+    assert _thread is not None, "the pool's initializer runs first"
+    facts = _thread.submit(this_worker().write, task).result()
     gc.collect()  # the little that had cycles; what there was before the fork is frozen
     return facts
 

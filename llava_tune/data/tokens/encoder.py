@@ -58,6 +58,8 @@ class Encoder:
             time.sleep(0.005)  # fastokens releases the interpreter once it has begun, tokenizers never: fastokens first
             self.reference = Tokenizer.from_str(plain_json)
             self._fast = fast.result()
+        if hasattr(self.reference.model, "_resize_cache"):
+            self.reference.model._resize_cache(0)  # it would keep 10,000 texts, and none comes twice
         self._table = None if cut_after is None else np.isin(np.arange(256), list(cut_after))
 
     @property
