@@ -20,6 +20,10 @@ class SharedInputError(InputError):
     """A wrong input that every rank of a run finds alike, so that one of them says it."""
 
 
+class RunFailed(RuntimeError):
+    """A run can't go on, and the message says all there is to say: it is printed alone, with exit code 1."""
+
+
 def missing_package(package: str, extra: str, why: str) -> InputError:
     """The error for an optional dependency that isn't installed, with the command that installs it."""
     return InputError(

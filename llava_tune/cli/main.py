@@ -8,7 +8,7 @@ import os
 import sys
 
 from llava_tune import __version__
-from llava_tune.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RUN_FAILED, InputError, SharedInputError
+from llava_tune.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RUN_FAILED, InputError, RunFailed, SharedInputError
 
 VERBS = {
     "list-cfg": ("list_cfg", "[PATTERN]", "list the shipped recipes"),
@@ -63,7 +63,7 @@ def main() -> None:
         if not isinstance(error, SharedInputError) or os.environ.get("RANK", "0") == "0":
             _complain(str(error))
         sys.exit(EXIT_BAD_INPUT)
-    except TimeoutError as error:
+    except (TimeoutError, RunFailed) as error:
         _complain(str(error))
         sys.exit(EXIT_RUN_FAILED)
     except OSError as error:

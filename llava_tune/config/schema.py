@@ -278,6 +278,8 @@ class Optimizer:
     """Peak learning rate of the projector; None: learning_rate."""
     vision_learning_rate: PositiveFloat | None = None
     """Peak learning rate of the vision tower; None: learning_rate."""
+    vision_layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Each block of the vision tower learns at this times the rate of the block behind it (BEiT, arXiv:2106.08254); 1: all alike."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay of matrices; norms and biases have none."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -321,6 +323,14 @@ class Training:
     """Checkpoints kept."""
     logging_steps: PositiveInt = 1
     """Optimizer steps between lines of metrics.jsonl and TensorBoard."""
+    bad_step: Literal["stop", "skip"] = "stop"
+    """What to do with a global batch whose loss or gradient is no finite number, or whose loss jumps (spike_factor): end the run
+    before it changes a weight, or leave its update out, at most five times in a row. Its record ids go to skipped.jsonl.
+    With DeepSpeed: stop."""
+    spike_factor: NonNegativeFloat = 0.0
+    """A loss above this many times the median of the last 64 is a jump; 0: none is."""
+    log_ids: bool = False
+    """Write the record ids of each step to ids-rank-N.jsonl."""
     report_to: tuple[str, ...] = ()
     """More of the Trainer's own reporters: wandb, trackio, mlflow."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -79,3 +79,12 @@ class Collator:
             labels[-1][0] = IGNORE_INDEX
             positions.append(np.arange(len(ids[-1])))
         return np.concatenate(ids), np.concatenate(labels), np.concatenate(positions)
+
+
+@dataclass(frozen=True)
+class IdCollator(Collator):
+    """A Collator whose batches name their records, too: "ids", a list of str, in order."""
+
+    def __call__(self, rows_of_samples: Sequence[TokenizedSample | list[TokenizedSample]]) -> dict[str, Any]:
+        samples = [s for row in rows_of_samples for s in (row if isinstance(row, list) else [row])]
+        return {**super().__call__(rows_of_samples), "ids": [s.id for s in samples]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -13,13 +14,16 @@ import torch
 from torch import Tensor
 
 from llava_tune.config import Run
-from llava_tune.errors import InputError
+from llava_tune.data.store import file_hash
+from llava_tune.errors import InputError, RunFailed
 from llava_tune.model.factory import RUN_CONFIG
 from llava_tune.model.llava import Llava
 
 _NAME = re.compile(r"checkpoint-(\d+)$")
 STAGING = ".saving"
 DATA_FINGERPRINT = "llava_tune_data.json"
+FILES = "llava_tune_files.json"
+"""Size and hash of each file of a checkpoint."""
 
 
 def checkpoints(work_dir: Path) -> list[Path]:
@@ -47,6 +51,69 @@ def find_resume(resume: str, work_dir: Path) -> Path | None:
     if not (folder / RUN_CONFIG).is_file():
         raise InputError(f"--resume {resume}: not a llava-tune checkpoint (no {RUN_CONFIG})")
     return folder
+
+
+def write_file_list(checkpoint: Path) -> None:
+    """Write what `verify` compares with."""
+    files = {
+        str(path.relative_to(checkpoint)): [path.stat().st_size, file_hash(path)]
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file()
+    }
+    (checkpoint / FILES).write_text(json.dumps(files, indent=1))
+
+
+def verify(checkpoint: Path, *, hashes: bool) -> None:
+    """Compare a checkpoint's files with its list; one without a list (of another version) is taken as it is.
+
+    Args:
+        hashes: read every file; otherwise sizes only.
+
+    Raises:
+        InputError: a file is missing or another one.
+    """
+    if not (checkpoint / FILES).is_file():
+        return
+    known: dict[str, list[Any]] = json.loads((checkpoint / FILES).read_bytes())
+    broken = [
+        f"{name} is {'missing' if not path.is_file() else 'not what was written'}"
+        for name, (size, digest) in known.items()
+        if not (path := checkpoint / name).is_file()
+        or path.stat().st_size != size
+        or (hashes and file_hash(path) != digest)
+    ]
+    if broken:
+        others = [p.name for p in checkpoints(checkpoint.parent) if p != checkpoint]
+        hint = f"--resume {checkpoint.parent / others[-1]}" if others else "start a new run"
+        raise InputError(f"{checkpoint} is broken: {'; '.join(broken[:3])}. Go on from another checkpoint: {hint}")
+
+
+def check_space(work_dir: Path, llava: Any) -> None:
+    """
+    Raises:
+        RunFailed: a checkpoint doesn't fit on the disk; on every rank at once, before anything is written or removed.
+    """
+    last = checkpoints(work_dir)
+    trained = sum(int(getattr(p, "ds_numel", p.numel())) for p in llava.parameters() if p.requires_grad)
+    needed = sum(p.stat().st_size for p in last[-1].rglob("*") if p.is_file()) if last else 12 * trained
+    free = torch.tensor(shutil.disk_usage(work_dir).free, dtype=torch.int64)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        device = next(p.device for p in llava.parameters())
+        free = free.to(device)
+        torch.distributed.all_reduce(free, torch.distributed.ReduceOp.MIN)
+    if int(free) < needed:
+        kept = f"{last[-1]} is whole" if last else "there is no checkpoint yet"
+        raise RunFailed(
+            f"{work_dir}: a checkpoint takes about {needed / 1e6:,.0f} MB, and {int(free) / 1e6:,.0f} MB are free. Nothing was written "
+            f"or removed; {kept}. Make space, then --resume"
+        )
+
+
+def no_space(error: BaseException) -> bool:
+    """Whether an error says that a disk is full; safetensors and torch.save say it in their own words."""
+    text = str(error)
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    return full or "No space left" in text or "PytorchStreamWriter failed" in text or "inline_container" in text
 
 
 def check_resume(checkpoint: Path, run: Run, data_fingerprint: dict[str, Any]) -> None:

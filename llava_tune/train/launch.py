@@ -6,6 +6,8 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Literal
 
@@ -127,8 +129,10 @@ def collective_timeout() -> timedelta:
     return timedelta(seconds=float(os.environ.get("LLAVA_TUNE_COLLECTIVE_TIMEOUT", "1800")))
 
 
-def start_process_group(deepspeed: bool) -> None:
-    """Join the other ranks. Data is prepared before this, so that no rank waits for it inside a collective.
+@contextmanager
+def process_group(deepspeed: bool) -> Iterator[None]:
+    """Be together with the other ranks while the block runs. Data is prepared before this, so that no rank waits for it inside a
+    collective. After a block that ends well the group is left in order: its threads would else abort the process as it ends.
 
     Raises:
         InputError: DeepSpeed is asked for and not installed.
@@ -138,14 +142,19 @@ def start_process_group(deepspeed: bool) -> None:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    there_before = torch.distributed.is_initialized()
     if deepspeed:
         _require_deepspeed()
         import deepspeed as ds
 
         # Before TrainingArguments: ZeRO-3 partitions weights while they load, and needs the group for that.
         ds.init_distributed(dist_backend="nccl" if on_gpu else "gloo", timeout=collective_timeout(), verbose=False)
-    elif world_size() > 1 and not torch.distributed.is_initialized():
+    elif world_size() > 1 and not there_before:
         torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=collective_timeout())
+    yield
+    if torch.distributed.is_initialized() and not there_before:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def _require_deepspeed() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_tune.config import Run
 from llava_tune.errors import SharedInputError
-from llava_tune.train.launch import Launcher, rank, set_rank_variables, start_process_group, world_size
+from llava_tune.train.launch import Launcher, process_group, rank, set_rank_variables, world_size
 
 if TYPE_CHECKING:
     from llava_tune.train.session import Trained
@@ -54,10 +54,10 @@ def train(
     work_dir = Path(run.work_dir or Path("work_dirs") / name)
     store = get_ready(run)
     # From here on torch: the data was prepared without it, and before any collective.
-    start_process_group(deepspeed is not None)
-    from llava_tune.train.session import run_session
+    with process_group(deepspeed is not None):
+        from llava_tune.train.session import run_session
 
-    return run_session(run, store, work_dir, accumulation, deepspeed, resume)
+        return run_session(run, store, work_dir, accumulation, deepspeed, resume)
 
 
 def get_ready(run: Run) -> Path:

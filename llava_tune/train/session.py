@@ -13,7 +13,8 @@ import transformers
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
 from llava_tune.config import Run
-from llava_tune.data import Collator, ImageTransform, LlavaDataset
+from llava_tune.data import ImageTransform, LlavaDataset
+from llava_tune.data.batch import IdCollator
 from llava_tune.data.images import image_transform
 from llava_tune.data.mix import describe_mix, image_folders, shares
 from llava_tune.data.order import BatchOrder
@@ -21,17 +22,19 @@ from llava_tune.data.plan import make_layout
 from llava_tune.data.store import read_manifest
 from llava_tune.data.tokens.layout import Layout
 from llava_tune.data.tokens.tokenizer import load_tokenizer
-from llava_tune.errors import InputError
+from llava_tune.errors import InputError, SharedInputError
 from llava_tune.model.factory import build_llava
+from llava_tune.model.flops import step_flops
 from llava_tune.model.llava import Llava
 from llava_tune.model.tokens import image_tokens
-from llava_tune.train.checkpoint import check_resume, checkpoints, clear_staging, find_resume, step_of
+from llava_tune.train.checkpoint import barrier, check_resume, checkpoints, clear_staging, find_resume, step_of, verify
+from llava_tune.train.crash import crash_bundle
 from llava_tune.train.data import is_foreign
 from llava_tune.train.launch import collective_timeout, rank, world_size
 from llava_tune.train.preview import PreviewCallback
 from llava_tune.train.stopping import StopOnSignal
 from llava_tune.train.telemetry import Telemetry, draw_loss_curve
-from llava_tune.train.trainer import LlavaTrainer
+from llava_tune.train.trainer import LlavaTrainer, forget_ids_after
 
 
 @dataclass(frozen=True)
@@ -76,15 +79,22 @@ def run_session(
     }
     checkpoint = find_resume(resume, work_dir) if resume else None
     if checkpoint is not None:
+        verify(checkpoint, hashes=main)
         check_resume(checkpoint, run, fingerprint)
     elif not resume and checkpoints(work_dir):
         raise InputError(
             f"{work_dir} holds checkpoints of an earlier run. Go on with it: --resume; start anew: another --work-dir, or remove it"
         )
+    if deepspeed is not None and run.training.bad_step == "skip":
+        raise SharedInputError(
+            "training.bad_step='skip' can't be had with DeepSpeed, whose engine makes the update within the backward pass: use 'stop'"
+        )
     work_dir.mkdir(parents=True, exist_ok=True)
+    start_step = step_of(checkpoint) if checkpoint else 0
     if main:
         clear_staging(work_dir)
-    start_step = step_of(checkpoint) if checkpoint else 0
+        forget_ids_after(work_dir, start_step)
+    barrier()
     order = BatchOrder(
         dataset.lengths,
         shares=taken,
@@ -110,7 +120,8 @@ def run_session(
     trainer.add_callback(stop)
     if main:
         _announce(run, llava, dataset, order, work_dir, checkpoint)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with crash_bundle(run, work_dir, rank(), lambda: trainer.ids):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if main:
         _finish(dataset, work_dir)
     last = checkpoints(work_dir)[-1]
@@ -183,14 +194,15 @@ def _trainer(
         args=arguments,
         tokenizer=tokenizer,
         dataset=dataset,
-        collator=Collator(image_tokens(run.model.vision), transform.size),
+        collator=IdCollator(image_tokens(run.model.vision), transform.size),
         order=order,
         data_fingerprint=fingerprint,
+        telemetry=telemetry,
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    telemetry.trainer = trainer
+    telemetry.costs, telemetry.image_tokens = step_flops(llava), image_tokens(run.model.vision)
     return trainer
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,36 @@ from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from llava_tune.config import Run
-from llava_tune.data import Collator, LlavaDataset
+from llava_tune.data import LlavaDataset
+from llava_tune.data.batch import IdCollator
 from llava_tune.data.order import BatchOrder
+from llava_tune.errors import RunFailed
 from llava_tune.model.factory import LLM_FOLDER, WEIGHTS, drawn_parts, load_weights, read_weights, write_parts
 from llava_tune.model.llava import Llava
-from llava_tune.paths import sync, sync_tree
-from llava_tune.train.checkpoint import DATA_FINGERPRINT, STAGING, barrier, gather_state
+from llava_tune.paths import sync, sync_tree, write_whole
+from llava_tune.train.checkpoint import (
+    DATA_FINGERPRINT,
+    STAGING,
+    barrier,
+    check_space,
+    gather_state,
+    no_space,
+    write_file_list,
+)
+from llava_tune.train.guard import Guard, read_losses
 from llava_tune.train.optimizer import build_optimizer
+from llava_tune.train.telemetry import Telemetry, read_metrics
+
+
+def ids_path(work_dir: Path, rank: int) -> Path:
+    """Where a rank writes the ids of its records (training.log_ids)."""
+    return work_dir / f"ids-rank-{rank}.jsonl"
+
+
+def forget_ids_after(work_dir: Path, step: int) -> None:
+    """Drop the lines of steps that a resumed run makes again."""
+    for path in work_dir.glob("ids-rank-*.jsonl"):
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step))
 
 
 class LlavaTrainer(Trainer):
@@ -32,6 +55,7 @@ class LlavaTrainer(Trainer):
         dataset, collator: of training samples.
         order: this rank's micro batches for the whole run.
         data_fingerprint: what identifies the data, kept in each checkpoint.
+        telemetry: measures, and writes what was measured.
         Others: see transformers.Trainer.
     """
 
@@ -41,9 +65,10 @@ class LlavaTrainer(Trainer):
         run: Run,
         tokenizer: Any,
         dataset: LlavaDataset,
-        collator: Collator,
+        collator: IdCollator,
         order: BatchOrder,
         data_fingerprint: dict[str, Any],
+        telemetry: Telemetry,
         **kwargs: Any,
     ) -> None:
         super().__init__(train_dataset=dataset, data_collator=collator, **kwargs)
@@ -52,8 +77,11 @@ class LlavaTrainer(Trainer):
         self.order = order
         self.data_fingerprint = data_fingerprint
         self.work_dir = Path(str(kwargs["args"].output_dir))
-        self.data_seconds = 0.0
-        self.tokens = torch.zeros(3, dtype=torch.int64)  # tokens, supervised tokens, slots
+        self.telemetry = telemetry
+        self.ids: list[str] = []
+        self._guard: Guard | None = None
+        self._step_loss = torch.zeros((), device=self.args.device)
+        self._component_norms: dict[str, float] = {}
 
     # -- data --
 
@@ -78,16 +106,75 @@ class LlavaTrainer(Trainer):
         )
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        started = time.monotonic()
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.data_seconds += time.monotonic() - started
+        meter = self.telemetry.meter
+        with meter.waiting_for_data():
+            batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.ids = []
         for batch in batches:
-            positions = batch["position_ids"]  # padding is 0, and so is the first token of each sample
-            starts = (positions[:, :-1] == 0) & (positions[:, 1:] == 1)
-            real = int((positions > 0).sum() + starts.sum())
-            supervised = int((batch["labels"] >= 0).sum())
-            self.tokens += torch.tensor([real, supervised, batch["labels"].numel()])
+            self.ids += batch.pop("ids")
+            meter.count(batch)
+        if self.run.training.log_ids:
+            step = {"step": self.state.global_step + 1, "ids": self.ids}
+            with ids_path(self.work_dir, self.args.process_index).open("a") as file:
+                file.write(json.dumps(step, ensure_ascii=False) + "\n")
         return batches, items
+
+    # -- loss --
+
+    @property
+    def guard(self) -> Guard:
+        """Made when the first loss is there: the history of the resumed run is known then."""
+        if self._guard is None:
+            losses = read_losses(self.state.log_history)
+            self._guard = Guard(self.run.training, self.work_dir, self.args.process_index, losses)
+        return self._guard
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss of a micro batch; with the last one, the global batch is judged before its backward pass.
+
+        Raises:
+            RunFailed: see `Guard`.
+        """
+        with self.telemetry.meter.forward():
+            loss: Any = super().compute_loss(*args, **kwargs)
+        self._step_loss += loss.detach().float()
+        if self.accelerator.sync_gradients:
+            if self.args.world_size > 1:
+                torch.distributed.all_reduce(self._step_loss)
+            loss_of_all = float(self._step_loss) / self.args.world_size
+            self.guard.judge_loss(self.state.global_step, loss_of_all, self.ids)
+            self._step_loss.zero_()
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The norm before clipping; a bad batch's gradients are dropped here, so that the optimizer's step changes nothing."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        applied = self.is_deepspeed_enabled
+        if norm is not None:
+            self.guard.judge_norm(self.state.global_step, float(norm), self.ids, applied)
+        if self.guard.skipping:
+            model.zero_grad(set_to_none=True)
+        elif not applied and (self.state.global_step + 1) % self.args.logging_steps == 0:
+            self._component_norms = self._norms_of_components(float(norm))
+        return norm
+
+    def _norms_of_components(self, total: float) -> dict[str, float]:
+        """Gradient norms of vision, projector and llm, as they were before clipping."""
+        gradients: dict[str, list[torch.Tensor]] = {}
+        llava: Any = self.model
+        for name, parameter in llava.named_parameters():
+            if parameter.grad is not None:
+                gradients.setdefault(name.split(".", 1)[0], []).append(parameter.grad)
+        norms = {name: float(torch.nn.utils.get_total_norm(some)) for name, some in gradients.items()}
+        clipped = sum(norm**2 for norm in norms.values()) ** 0.5
+        return {f"grad_norm_{name}": norm * total / max(clipped, 1e-30) for name, norm in norms.items()}
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Add what was measured, for every reporter."""
+        if "loss" in logs:
+            measured = self.telemetry.measure(self.state.global_step, logs["loss"], self.args)
+            logs |= self._component_norms | {k: v for k, v in measured.items() if v is not None}
+        super().log(logs, start_time)
 
     # -- optimizer --
 
@@ -109,16 +196,26 @@ class LlavaTrainer(Trainer):
         work_dir = self.work_dir
         name = f"checkpoint-{self.state.global_step}"
         staged, final = work_dir / STAGING / name, work_dir / name
+        check_space(work_dir, model if isinstance(model, Llava) else self.model)
         if self.args.should_save:
             staged.mkdir(parents=True, exist_ok=True)
         barrier()
         self._saving = True
         try:
             super()._save_checkpoint(model, trial)
+        except Exception as error:
+            if not no_space(error):
+                raise
+            shutil.rmtree(staged, ignore_errors=True)
+            raise RunFailed(
+                f"the disk is full: {name} could not be written to {work_dir}, and was removed. The checkpoints before it are whole. "
+                "Make space, then --resume"
+            ) from error
         finally:
             self._saving = False
         barrier()
         if self.args.should_save and not final.exists():
+            write_file_list(staged)
             sync_tree(staged)
             staged.rename(final)
             sync(work_dir)
