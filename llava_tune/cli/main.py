@@ -19,6 +19,7 @@ VERBS = {
     "pretrain": ("pretrain", "CFG [--deepspeed NAME]", "train the projector (stage 1)"),
     "finetune": ("finetune", "CFG [--deepspeed NAME]", "fine-tune (stage 2): full, LoRA or QLoRA"),
     "evaluate": ("evaluate", "CHECKPOINT --data FILE", "answer a question file and score the answers"),
+    "export": ("export", "CHECKPOINT FOLDER", "write a checkpoint as transformers opens it, and prove it there"),
     "chat": ("chat", "CHECKPOINT [--image FILE]", "talk to a checkpoint in the terminal"),
     "demo": ("demo", "[--work-dir DIR]", "the whole road on a laptop CPU, in minutes"),
 }

@@ -72,7 +72,8 @@ def _decoding(file: BinaryIO | Path) -> Iterator[Image.Image]:
 class ImageTransform:
     """From a file to float32 [3, size, size], normalised.
 
-    The shorter side is resized to `size` (bicubic) and the centre is cut out; with `pad_to_square` the image is first
+    Bit for bit what transformers' CLIPImageProcessor makes of it (with torchvision, its default), so that an export sees what was
+    trained on. The shorter side is resized to `size` (bicubic) and the centre is cut out; with `pad_to_square` the image is first
     padded with the mean colour, so that nothing of it is cut off (LLaVA-1.5).
     """
 
@@ -99,14 +100,18 @@ class ImageTransform:
 
         if not self.size:
             raise BadImage("the model has no vision tower (model.vision is None)")
+        from torchvision.transforms.v2 import InterpolationMode
+        from torchvision.transforms.v2.functional import resize
+
         rgb = self._square(image.convert("RGB"))
         short = min(rgb.size)
         width, height = (self.size if s == short else int(self.size * s / short) for s in rgb.size)
-        rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
-        left, top = round((width - self.size) / 2), round((height - self.size) / 2)
-        rgb = rgb.crop((left, top, left + self.size, top + self.size))
-        pixels = torch.from_numpy(np.array(rgb)).permute(2, 0, 1).float().div_(255)
-        return pixels.sub_(torch.tensor(self.mean)[:, None, None]).div_(torch.tensor(self.std)[:, None, None])
+        pixels = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+        pixels = resize(pixels, [height, width], InterpolationMode.BICUBIC, antialias=True)
+        left, top = (width - self.size) // 2, (height - self.size) // 2
+        pixels = pixels[:, top : top + self.size, left : left + self.size].float()
+        mean, std = (255 * torch.tensor(x)[:, None, None] for x in (self.mean, self.std))
+        return pixels.sub_(mean).div_(std)
 
     def _square(self, image: Image.Image) -> Image.Image:
         if not self.pad_to_square or image.width == image.height:

@@ -20,13 +20,17 @@ from llava_tune.model.generate import generate
 class Answerer:
     """Answers questions about images with a trained checkpoint.
 
+    Args:
+        dtype: of the weights; None: bf16 on a GPU that has it, else fp32.
+
     Raises:
         InputError: not a checkpoint.
     """
 
-    def __init__(self, checkpoint: str | Path) -> None:
+    def __init__(self, checkpoint: str | Path, dtype: torch.dtype | None = None) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        if dtype is None:
+            dtype = torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
         llava, run = load_checkpoint(checkpoint, dtype=dtype)
         self.llava = llava.to(device)
         self.run = run

@@ -68,7 +68,9 @@ def test_zero_2_and_3_on_two_processes_have_the_losses_of_one(
     data = shared / "coco_captions"
     config = tmp_path / "coco.py"
     names = {"llm": tmp_path / "internlm2", "tokenizer": shared / "internlm2_tokenizer"}
-    steps = int(os.environ.get("LLAVA_TUNE_COCO_STEPS", "2"))  # 7 s an image and core: two in CI, four by hand
+    steps = int(os.environ.get("LLAVA_TUNE_COCO_STEPS", "0"))
+    if not steps:
+        pytest.skip("7 s an image and core: run by hand with LLAVA_TUNE_COCO_STEPS=4")
     names |= {"data": data / "coco_captions.json", "images": data / "images", "steps": steps}
     config.write_text(CONFIG.format(**{k: str(v) for k, v in names.items()}))
     one = cli("pretrain", config, "--work-dir", tmp_path / "one", env={"OMP_NUM_THREADS": "2"}, timeout=600)

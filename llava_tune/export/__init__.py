@@ -1,0 +1,1 @@
+"""Exports: what was trained, as other programs open it."""

@@ -1,0 +1,226 @@
+"""An export computes, in transformers alone, what we compute; and the gate sees when it doesn't."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llava_tune.evaluate.answer import Answerer
+from llava_tune.export.gate import Report, ask_folder, ask_ours, compare, conversations, write_pictures
+from llava_tune.export.weights import merge_adapters
+from tests.conftest import Finished, Small, wrong_input
+from tests.train.test_coco import write_internlm2
+
+pytestmark = pytest.mark.timeout(400)
+
+TOWER = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 64, "layers": 3, "width": 64, "patch_size": 16, "head_width": 32},
+    "text_cfg": {},
+}
+
+
+def trained(small: Small, cli: Callable[..., Finished], folder: Path, changes: str, *more: object) -> Path:
+    """A checkpoint of the small model with `changes` to its config, after a few steps."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "c.py"
+    config.write_text(
+        "from dataclasses import replace\nfrom llava_tune.config import *\n"
+        f"run = load_run({str(small.config)!r})\nm, v, l, d = run.model, run.model.vision, run.model.llm, run.dataset\n"
+        f"tower = {str(folder / 'tower.json')!r}\n{changes}\n"
+        "run = replace(run, model=replace(m, vision=v, llm=l), dataset=d)\n"
+    )
+    done = cli("finetune", config, "--work-dir", folder / "run", "--optimizer.learning-rate", "3e-3", *more)
+    assert done.code == 0, done.err
+    return folder / "run/checkpoint-6"
+
+
+def tower(folder: Path, **more: object) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tower.json").write_text(json.dumps({**TOWER, **more}))
+
+
+@pytest.fixture(scope="module")
+def clip(small: Small, cli: Callable[..., Finished], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clip")
+    tower(folder, quick_gelu=True)
+    return trained(small, cli, folder, "v = replace(v, name=tower)")
+
+
+@pytest.fixture(scope="module")
+def exported(clip: Path, cli: Callable[..., Finished]) -> Path:
+    folder = clip.parent / "hf"
+    done = cli("export", clip, folder, "--dtype", "fp32")
+    assert done.code == 0, done.err
+    return folder
+
+
+def report_of(folder: Path) -> Report:
+    facts = json.loads((folder / "gate.json").read_text())
+    return Report(**{name: facts[name] for name in Report.__annotations__})
+
+
+def test_quick_gelu_clip_and_llama(clip: Path, exported: Path, cli: Callable[..., Finished], tmp_path: Path) -> None:
+    report = report_of(exported)
+    assert report.failures() == [] and report.questions == 7 and report.logits < 1e-3
+    assert report.greedy[0] == report.greedy[1] > 7
+    assert cli("export", clip, tmp_path / "bf16").code == 0
+    assert json.loads((tmp_path / "bf16/gate.json").read_text())["weights"] == "bfloat16"
+    assert {str(w.dtype) for w in load_file(tmp_path / "bf16/model.safetensors").values()} == {"torch.bfloat16"}
+    assert report_of(tmp_path / "bf16").failures() == []
+
+
+def test_a_pipeline_that_never_saw_us_gives_our_answers(
+    clip: Path, exported: Path, small: Small, tmp_path: Path
+) -> None:
+    images = sorted(small.images.iterdir())[:3]
+    program = tmp_path / "ask.py"
+    program.write_text(
+        "import json, sys\nfrom transformers import pipeline\n"
+        "ask = pipeline('image-text-to-text', model=sys.argv[1], dtype='float32')\nfound = []\n"
+        "for image in sys.argv[2:]:\n"
+        "    said = [{'role': 'user', 'content': [{'type': 'image', 'path': image}, {'type': 'text', 'text': 'What is this?'}]}]\n"
+        "    found.append(ask(text=said, max_new_tokens=20, return_full_text=False)[0]['generated_text'])\n"
+        "assert not any(name.startswith('llava_tune') for name in sys.modules)\nprint(json.dumps(found))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, program, exported, *images], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    theirs = [text.strip() for text in json.loads(done.stdout.splitlines()[-1])]
+    answerer = Answerer(clip)
+    assert theirs == [answerer.ask("What is this?", [image], 20) for image in images]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_internlm2_with_dora_and_a_linear_projector(
+    small: Small, internlm2_tokenizer: Path, cli: Callable[..., Finished], tmp_path: Path, dtype: str
+) -> None:
+    """92,544 ids: the image token is number 92,544, and the vocabulary grows."""
+    write_internlm2(tmp_path / "lm")
+    tower(tmp_path, quick_gelu=False)
+    changes = (
+        "v = replace(v, name=tower)\nm = replace(m, projector=Projector(kind='linear'))\n"
+        f"l = LanguageModel(name={str(tmp_path / 'lm')!r}, tokenizer={str(internlm2_tokenizer)!r}, freeze=True, "
+        "lora=Lora(rank=4, alpha=16, dropout=0.0, variant='dora'))"
+    )
+    checkpoint = trained(small, cli, tmp_path, changes)
+    done = cli("export", checkpoint, tmp_path / "hf", "--dtype", dtype)
+    assert done.code == 0, done.err
+    assert report_of(tmp_path / "hf").failures() == []
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert config["image_token_index"] == 92544 and config["text_config"]["vocab_size"] % 64 == 0
+    assert config["text_config"]["model_type"] == "llama" and config["vision_config"]["hidden_act"] == "gelu"
+
+
+def test_qlora_is_exported_as_what_it_computed(small: Small, cli: Callable[..., Finished], tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(small.folder / "llm")
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "lm")
+    AutoTokenizer.from_pretrained(small.folder / "llm").save_pretrained(tmp_path / "lm")
+    tower(tmp_path, quick_gelu=True)
+    changes = (
+        "v = replace(v, name=tower)\n"
+        f"l = LanguageModel(name={str(tmp_path / 'lm')!r}, freeze=True, quantization='nf4', lora=Lora(rank=4, dropout=0.0))"
+    )
+    checkpoint = trained(small, cli, tmp_path, changes)
+    done = cli("export", checkpoint, tmp_path / "hf", "--dtype", "fp32")
+    assert done.code == 0, done.err
+    assert report_of(tmp_path / "hf").failures() == []
+
+
+@pytest.mark.slow
+def test_siglip_and_padding_to_a_square(small: Small, cli: Callable[..., Finished], tmp_path: Path) -> None:
+    changes = (
+        "v = replace(v, name='ViT-B-16-SigLIP', freeze=True)\nd = replace(d, pad_image_to_square=True, max_length=256)"
+    )
+    checkpoint = trained(small, cli, tmp_path, changes, "--training.micro-batch-size", "1")
+    done = cli("export", checkpoint, tmp_path / "hf", "--dtype", "fp32")
+    assert done.code == 0, done.err
+    assert report_of(tmp_path / "hf").failures() == []
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert config["vision_config"]["model_type"] == "siglip_vision_model"
+
+
+def test_the_gate_fails_when_anything_is_wrong(clip: Path, exported: Path, tmp_path: Path) -> None:
+    asked = conversations(write_pictures(tmp_path))[:1]
+    answerer = Answerer(clip)
+    ours = [ask_ours(answerer, one) for one in asked]
+
+    def failures(change: Callable[[Path], None]) -> str:
+        folder = tmp_path / "broken"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(exported, folder)
+        change(folder)
+        found = compare(ours, ask_folder(folder, asked, tmp_path), folder, answerer.layout.stop_ids)
+        return "; ".join(found.failures())
+
+    def permute(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        name = "language_model.model.layers.1.self_attn.q_proj.weight"
+        weights[name] = weights[name][torch.randperm(len(weights[name]))].contiguous()
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def shift(folder: Path) -> None:
+        path = folder / "chat_template.jinja"
+        path.write_text(path.read_text().replace("user\\n", "uses\\n"))
+
+    def repaint(folder: Path) -> None:
+        path = folder / "processor_config.json"
+        config = json.loads(path.read_text())
+        config["image_processor"]["image_mean"][0] += 0.01
+        path.write_text(json.dumps(config))
+        (folder / "preprocessor_config.json").unlink()
+
+    def other_id(folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        backend = json.loads(path.read_text())
+        vocabulary = backend["model"]["vocab"]
+        names = {number: piece for piece, number in vocabulary.items()}
+        one = next(names[i] for i in reversed(ours[0].ids.tolist()) if i in names and i > 10)
+        other = names[300]
+        vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+        path.write_text(json.dumps(backend))
+
+    assert failures(lambda folder: None) == ""
+    assert "the logits differ by" in failures(permute)
+    assert "other token ids" in failures(shift)
+    assert "other token ids" in failures(other_id)
+    assert "preprocessing differs by 0.02" in failures(repaint)
+
+
+def test_what_is_merged_computes_the_same(small: Small, cli: Callable[..., Finished], tmp_path: Path) -> None:
+    tower(tmp_path, quick_gelu=True)
+    lora = "lora=Lora(rank=4, alpha=64, dropout=0.0, variant='rslora')"
+    changes = f"v = replace(v, name=tower, freeze=True, {lora})\nl = replace(l, freeze=True, {lora})"
+    answerer = Answerer(trained(small, cli, tmp_path, changes))
+    asked = conversations(write_pictures(tmp_path))[0]
+    before = ask_ours(answerer, asked).logits
+    merge_adapters(answerer.llava)
+    assert not any("lora" in name for name in answerer.llava.state_dict())
+    after = ask_ours(answerer, asked).logits
+    assert np.abs(before - after).max() < 1e-4
+
+
+def test_what_can_not_be_exported_is_refused(
+    small: Small, clip: Path, exported: Path, cli: Callable[..., Finished], tmp_path: Path
+) -> None:
+    assert "is there already" in wrong_input(cli("export", clip, exported))
+    assert "no such file" in wrong_input(cli("export", clip, tmp_path / "x", "--image", tmp_path / "none.jpg"))
+    assert "not a llava-tune checkpoint" in wrong_input(cli("export", tmp_path, tmp_path / "x"))
+    convolutions = trained(small, cli, tmp_path, "")
+    assert "can't be exported: timm's MambaOut is no plain ViT" in wrong_input(
+        cli("export", convolutions, tmp_path / "x")
+    )
+    assert not (tmp_path / "x").exists() and not list(tmp_path.glob(".x*"))
