@@ -1,10 +1,11 @@
 """Useful tokens a second of training: packed, grouped by length, and padded as they come.
 
-python benchmarks/train.py [--records 2000] [--steps 30] [--vocabulary 4096]
+python benchmarks/train.py [--records 2000] [--steps 30] [--vocabulary 4096] [--trl-steps 8]
 
 2,000 records with the length spread of LLaVA-665K (a log-normal of words, a third text only), images of 576 tokens, the same small model
 and about the same tokens a step for all. A useful token is one of a sample, image patches counted, padding not. The first way is what
-peers do: samples in random order, padded to the longest of a micro batch, one attention mask over the row.
+peers do: samples in random order, padded to the longest of a micro batch, one attention mask over the row. With --trl-steps, TRL's
+SFTTrainer (`pip install trl`) trains the same model as `llava-tune export` writes it, with the same batches' sizes.
 """
 
 from __future__ import annotations
@@ -107,11 +108,24 @@ def measure(folder: Path, name: str, steps: int) -> dict[str, float]:
     return {key: statistics.median(row[key] for row in rows) for key in keys}
 
 
+def measure_trl(folder: Path, steps: int) -> float:
+    """Useful tokens a second of TRL on the exported model."""
+    (run,) = (folder / "packed").glob("checkpoint-*")
+    export = [sys.executable, "-m", "llava_tune.cli.main", "export", run, folder / "hf", "--dtype", "fp32"]
+    subprocess.run([*map(str, export)], check=True, capture_output=True)
+    program, out = Path(__file__).with_name("trl_run.py"), folder / "trl.json"
+    sizes = ["--batch", "4", "--accumulate", "4", "--steps", str(steps)]
+    command = [sys.executable, program, folder / "hf", folder / "data.json", folder, out, *sizes]
+    subprocess.run([*map(str, command)], check=True, capture_output=True)
+    return float(json.loads(out.read_text())["tokens_per_second"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--trl-steps", type=int, default=0)
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
     with tempfile.TemporaryDirectory() as name:
@@ -120,6 +134,7 @@ def main() -> None:
         write_model(folder, options.vocabulary)
         (folder / "c.py").write_text(CONFIG.format(folder=str(folder)))
         found = {way: measure(folder, way, options.steps) for way in WAYS}
+        trl = measure_trl(folder, options.trl_steps) if options.trl_steps else None
     base = found["padded, one mask a row (sdpa)"]["tokens_per_second"]
     print(
         "| | useful tokens/s | times padded | supervised tokens/s | samples/s | padding | waiting for data | peak GB |"
@@ -131,6 +146,9 @@ def main() -> None:
             f"{row['supervised_tokens_per_second']:,.0f} | {row['samples_per_second']:.2f} | {row['padding']:.1%} | "
             f"{row['data_wait']:.1%} | {row['memory_gb']:.2f} |"
         )
+    if trl:
+        packed = found["packed"]["tokens_per_second"]
+        print(f"| TRL's SFTTrainer | {trl:,.0f} | {trl / base:.2f} | | | | | |\npacked is {packed / trl:.2f} times TRL")
 
 
 if __name__ == "__main__":

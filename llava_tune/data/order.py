@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llava_tune.data.packing import pack
+from llava_tune.data.packing import count_packs, pack
 
 _GROUP = 64
 """Global batches whose samples are sorted by length together."""
@@ -23,16 +23,13 @@ class Share:
     count: int
 
 
-def _shuffled(
-    lengths: np.ndarray, shares: Sequence[Share], epoch: int, seed: int, rng: np.random.Generator
-) -> np.ndarray:
-    """The rows that an epoch takes, shuffled; int32 where that is enough."""
+def _rows(lengths: np.ndarray, shares: Sequence[Share], epoch: int, seed: int) -> np.ndarray:
+    """The rows that an epoch takes, share by share; int32 where that is enough."""
     order = np.empty(sum(share.count for share in shares), np.int32 if len(lengths) < 2**31 else np.int64)
     at = 0
     for k, share in enumerate(shares):
         order[at : at + share.count] = _taken(share, epoch, [seed, k])
         at += share.count
-    rng.shuffle(order)
     return order
 
 
@@ -60,7 +57,8 @@ class Epoch:
     ) -> None:
         self.lengths, self.size = lengths, global_batch_size
         rng = np.random.default_rng([seed, epoch])
-        order = _shuffled(lengths, shares, epoch, seed, rng)
+        order = _rows(lengths, shares, epoch, seed)
+        rng.shuffle(order)
         steps = -(-len(order) // global_batch_size)
         self._order = np.resize(order, steps * global_batch_size) if len(order) % global_batch_size else order
         self._steps = rng.permutation(steps) if group_by_length else None
@@ -86,7 +84,7 @@ class Epoch:
 class PackedEpoch:
     """One epoch's global batches of packs: `epoch[step]` is the rows of each pack of a step, global_batch_size tuples.
 
-    All samples are shuffled, packed (`packing.pack`), and the packs shuffled; the last step is filled up from the start.
+    Samples of one length are shuffled, all are packed (`packing.pack`), and the packs shuffled; the last step is filled up from the start.
     """
 
     def __init__(
@@ -101,8 +99,8 @@ class PackedEpoch:
     ) -> None:
         self.size = global_batch_size
         rng = np.random.default_rng([seed, epoch])
-        self._rows = _shuffled(lengths, shares, epoch, seed, rng)
-        self._packs = pack(lengths[self._rows], pack_length)
+        self._rows = _rows(lengths, shares, epoch, seed)
+        self._packs = pack(lengths[self._rows], pack_length, rng)
         steps = -(-len(self._packs) // global_batch_size)
         self._order = np.resize(rng.permutation(len(self._packs)), steps * global_batch_size)
 
@@ -209,10 +207,22 @@ class BatchOrder:
         if self.pack_length is None:
             return -(-sum(s.count for s in self.shares) // self.global_batch_size)
         if not self._varies():
-            number = 0
+            self._epoch_steps = self._epoch_steps or [self._steps_of_any()]
+            return self._epoch_steps[0]
         while len(self._epoch_steps) <= number:
             self._epoch_steps.append(len(self.epoch(len(self._epoch_steps))))
         return self._epoch_steps[number]
+
+    def _steps_of_any(self) -> int:
+        """Steps of an epoch that takes every row so and so often: how many packs there are needs no order."""
+        assert self.pack_length is not None
+        counts = np.zeros(self.pack_length + 1, np.int64)
+        for share in self.shares:
+            found = np.bincount(self.lengths[share.start : share.stop], minlength=len(counts))
+            if len(found) > len(counts):
+                raise ValueError(f"a sample of {len(found) - 1} tokens doesn't fit into rows of {self.pack_length}")
+            counts += found * (share.count // (share.stop - share.start))
+        return -(-count_packs(counts, self.pack_length) // self.global_batch_size)
 
     def epoch(self, number: int) -> Epoch | PackedEpoch:
         """An epoch by its number, from 0."""

@@ -71,10 +71,10 @@ Conversation = list[tuple[str, str, list[Path]]]
 
 
 def conversations(images: list[Path]) -> list[Conversation]:
-    """Conversations of (question, answer or "", images of that turn)."""
+    """What is asked: turns of (question, answer or "", images of that turn), about these images or without any."""
     asked: list[Conversation] = [[("What is in the picture?", "", [image])] for image in images]
     asked.append([("Say something about 猫 and 12.5 dogs.", "", [])])
-    asked.append([("What color is it?", "blue", [images[0]]), ("Is it a circle?", "", [])])
+    asked.append([("What color is it?", "blue", images[:1]), ("Is it a circle?", "", [])])
     if len(images) > 1:
         asked.append([("What differs between these?", "", images[:2])])
     return asked
@@ -99,7 +99,7 @@ class Answer:
 
 def compare(ours: list[Answer], theirs: dict[str, np.ndarray], folder: Path, stop_ids: list[int]) -> Report:
     """What the folder's answers (of `ask_folder`) differ by from ours."""
-    image_id = json.loads((folder / "config.json").read_text())["image_token_index"]
+    image_id = json.loads((folder / "config.json").read_text()).get("image_token_index")
     ids_equal, pixels, logits, agree, total = True, 0.0, 0.0, 0, 0
     for k, our in enumerate(ours):
         expected = np.where(theirs[f"ids_{k}"] == image_id, IMAGE_TOKEN_INDEX, theirs[f"ids_{k}"])
@@ -160,7 +160,8 @@ def ask_ours(answerer: Answerer, conversation: Conversation) -> Answer:
     prompt = answerer.prompt(texts[:-1], texts[-1][0])
     pixels = [answerer.transform.open(path) for _, _, paths in conversation for path in paths]
     stacked = torch.stack(pixels) if pixels else None
-    times = np.where(np.array(prompt) == IMAGE_TOKEN_INDEX, llava.vision.tokens, 1)
+    patches = llava.vision.tokens if llava.vision is not None else 1
+    times = np.where(np.array(prompt) == IMAGE_TOKEN_INDEX, patches, 1)
     ids = np.repeat(np.array(prompt), times)
     device = next(llava.parameters()).device
     with torch.inference_mode():

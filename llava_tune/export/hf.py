@@ -12,10 +12,10 @@ from torch import Tensor
 
 from llava_tune import __version__
 from llava_tune.data.images import ImageTransform
-from llava_tune.errors import InputError
 from llava_tune.evaluate.answer import Answerer
 from llava_tune.export.chat_template import jinja
-from llava_tune.export.weights import language_weights, projector_weights, vision_config_of, vision_weights
+from llava_tune.export.weights import is_linear, language_weights, projector_weights, vision_config_of, vision_weights
+from llava_tune.model.llava import Llava
 
 IMAGE_TOKEN = "<image>"
 _ROWS = 64
@@ -23,52 +23,60 @@ _ROWS = 64
 
 
 def write_hf(answerer: Answerer, folder: Path, dtype: torch.dtype) -> None:
-    """Fill a folder with everything that AutoModelForImageTextToText and AutoProcessor open.
+    """Fill a folder with everything that AutoModelForImageTextToText and AutoProcessor open; of a language model alone, what
+    AutoModelForCausalLM and AutoTokenizer open.
+
+    Adapters must be merged before (`merge_adapters`).
 
     Raises:
         InputError: a part of the model has no equal in transformers.
     """
     llava, run = answerer.llava, answerer.run
-    if llava.vision is None or llava.projector is None:
-        raise InputError("the checkpoint is a language model alone (model.vision is None): there is no LLaVA to export")
-    vision_config = vision_config_of(llava.vision, answerer.transform.size)
-    tokenizer, image_id = _tokenizer(answerer, folder)
-    rows = max(llava.config.vocab_size, -(-len(tokenizer) // _ROWS) * _ROWS)
     text_config = copy.deepcopy(llava.config)
-    text_config.vocab_size = rows
     text_config._attn_implementation = None
     text_config.dtype = dtype
     if hasattr(text_config, "quantization_config"):
         del text_config.quantization_config
-    text_config.architectures = None
+    if llava.vision is None:
+        tokenizer = _write_tokenizer(answerer, folder, None)
+        text_config.architectures = [type(llava.llm).__name__]
+        text_config.save_pretrained(folder)
+        _save(language_weights(llava, text_config.vocab_size), folder, dtype)
+        image_id = None
+    else:
+        vision_config = vision_config_of(llava.vision, answerer.transform.size)
+        tokenizer = _write_tokenizer(answerer, folder, IMAGE_TOKEN)
+        image_id = int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+        text_config.vocab_size = max(llava.config.vocab_size, -(-len(tokenizer) // _ROWS) * _ROWS)
+        text_config.architectures = None
+        _write_config(llava, folder, vision_config, text_config, image_id)
+        _save(_weights(llava, vision_config, text_config.vocab_size), folder, dtype)
+        _write_processor(answerer, folder, vision_config)
     stop = answerer.layout.stop_ids
-    _write_config(folder, vision_config, text_config, image_id, dtype, llava.vision.is_timm)
-    _write_weights(answerer, folder, vision_config, rows, dtype)
-    _write_processor(answerer, folder, vision_config, tokenizer)
     generation = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": stop,
         "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop[0],
-        "suppress_tokens": [image_id],
+        **({} if image_id is None else {"suppress_tokens": [image_id]}),
         "do_sample": False,
     }
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=1))
     (folder / "README.md").write_text(model_card(run, dtype))
 
 
-def _tokenizer(answerer: Answerer, folder: Path) -> tuple[Any, int]:
-    """The tokenizer with an image token, adding no BOS itself: the chat template writes it."""
+def _write_tokenizer(answerer: Answerer, folder: Path, image_token: str | None) -> Any:
+    """The tokenizer, with an image token where one is asked for; it adds no BOS itself: the chat template writes it."""
     tokenizer = copy.deepcopy(answerer.tokenizer)
-    if IMAGE_TOKEN not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
-    image_id = int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+    if image_token is not None and image_token not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
     spec = answerer.layout.spec
     bos = tokenizer.convert_ids_to_tokens(spec.bos) if spec.bos is not None else None
     tokenizer.chat_template = jinja(spec.template, bos, IMAGE_TOKEN)
     for name in ("add_bos_token", "add_eos_token"):
         if hasattr(tokenizer, name):
             setattr(tokenizer, name, False)
-    tokenizer.image_token = IMAGE_TOKEN
+    if image_token is not None:
+        tokenizer.image_token = image_token
     tokenizer.save_pretrained(folder)
     backend = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     backend["post_processor"] = None
@@ -77,49 +85,50 @@ def _tokenizer(answerer: Answerer, folder: Path) -> tuple[Any, int]:
     config = json.loads(path.read_text())
     for name in ("is_local", "local_files_only"):  # of this machine
         config.pop(name, None)
-    config |= {"image_token": IMAGE_TOKEN, "add_bos_token": False, "add_eos_token": False}
+    config |= {"add_bos_token": False, "add_eos_token": False}
+    if image_token is not None:
+        config["image_token"] = image_token
     path.write_text(json.dumps(config, indent=1, ensure_ascii=False))
-    return tokenizer, image_id
+    return tokenizer
 
 
-def _write_config(
-    folder: Path, vision_config: Any, text_config: Any, image_id: int, dtype: torch.dtype, no_class_token: bool
-) -> None:
+def _write_config(llava: Llava, folder: Path, vision_config: Any, text_config: Any, image_id: int) -> None:
     from transformers import LlavaConfig
 
+    assert llava.vision is not None and llava.projector is not None
     config = LlavaConfig(
         vision_config=vision_config,
         text_config=text_config,
         image_token_index=image_id,
-        projector_hidden_act="gelu",
+        projector_hidden_act="linear" if is_linear(llava.projector) else "gelu",
         vision_feature_layer=-1,
-        vision_feature_select_strategy="full" if no_class_token else "default",
+        vision_feature_select_strategy="full" if llava.vision.is_timm else "default",
         image_seq_length=(vision_config.image_size // vision_config.patch_size) ** 2,
         tie_word_embeddings=bool(text_config.tie_word_embeddings),
     )
     config.architectures = ["LlavaForConditionalGeneration"]
-    config.dtype = dtype
+    config.dtype = text_config.dtype
     config.save_pretrained(folder)
 
 
-def _write_weights(answerer: Answerer, folder: Path, vision_config: Any, rows: int, dtype: torch.dtype) -> None:
-    from huggingface_hub import save_torch_state_dict
-
-    llava = answerer.llava
+def _weights(llava: Llava, vision_config: Any, rows: int) -> dict[str, Tensor]:
     assert llava.vision is not None and llava.projector is not None
     width = llava.config.hidden_size
     state: dict[str, Tensor] = {}
     state |= {f"vision_tower.vision_model.{n}": w for n, w in vision_weights(llava.vision, vision_config)}
     state |= {f"multi_modal_projector.{n}": w for n, w in projector_weights(llava.projector, width).items()}
     state |= {f"language_model.{n}": w for n, w in language_weights(llava, rows).items()}
+    return state
+
+
+def _save(state: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
+    from huggingface_hub import save_torch_state_dict
+
     state = {name: value.to("cpu", dtype).contiguous().clone() for name, value in state.items()}
-    if len([m for m in llava.projector if isinstance(m, torch.nn.Linear)]) == 1:  # type: ignore[attr-defined]
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "projector_hidden_act": "linear"}, indent=2))
     save_torch_state_dict(state, folder, max_shard_size="5GB", metadata={"format": "pt"})
 
 
-def _write_processor(answerer: Answerer, folder: Path, vision_config: Any, tokenizer: Any) -> None:
+def _write_processor(answerer: Answerer, folder: Path, vision_config: Any) -> None:
     """LlavaProcessor with the preprocessing that the model was trained with."""
     assert answerer.llava.vision is not None
     no_class_token = answerer.llava.vision.is_timm
@@ -160,23 +169,27 @@ def model_card(run: Any, dtype: torch.dtype) -> str:
     """README.md of an export: how it was made, and how to use it."""
     from llava_tune.config import to_json
 
-    vision = run.model.vision.name if run.model.vision else "none"
+    vision = run.model.vision
+    task = "image-text-to-text" if vision else "text-generation"
+    parts = f"vision tower: {vision.name}; projector: {run.model.projector.kind}; " if vision else ""
+    image = '{"type": "image", "path": "picture.jpg"}, ' if vision else ""
+    argument = "text=" if vision else ""
     return f"""---
 library_name: transformers
-pipeline_tag: image-text-to-text
+pipeline_tag: {task}
 tags: [llava, llava-tune]
 ---
-# LLaVA trained with llava-tune {__version__}
+# Trained with llava-tune {__version__}
 
-- Vision tower: {vision}; projector: {run.model.projector.kind}; language model: {run.model.llm.name}
-- Chat template: {run.dataset.template}; weights: {str(dtype).removeprefix("torch.")}; adapters merged: {bool(run.model.llm.lora.rank)}
+- {parts}language model: {run.model.llm.name}
+- chat template: {run.dataset.template}; weights: {str(dtype).removeprefix("torch.")}; adapters merged: {bool(run.model.llm.lora.rank)}
 
 ```python
 from transformers import pipeline
 
-ask = pipeline("image-text-to-text", model=FOLDER)
-message = {{"role": "user", "content": [{{"type": "image", "path": "picture.jpg"}}, {{"type": "text", "text": "What is this?"}}]}}
-print(ask(text=[message], max_new_tokens=64, return_full_text=False)[0]["generated_text"])
+ask = pipeline("{task}", model=FOLDER)
+message = {{"role": "user", "content": [{image}{{"type": "text", "text": "What is this?"}}]}}
+print(ask({argument}[message], max_new_tokens=64, return_full_text=False)[0]["generated_text"])
 ```
 
 `gate.json` says how this folder was compared with the model it was made from.

@@ -14,14 +14,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 
 def main() -> None:
     folder, questions, out = sys.argv[1:]
     torch.manual_seed(0)
-    processor = AutoProcessor.from_pretrained(folder)
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    processor: Any
+    model: Any
+    if (Path(folder) / "processor_config.json").is_file():
+        processor = AutoProcessor.from_pretrained(folder)
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    else:
+        processor = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     found: dict[str, Any] = {}
     asked = json.loads(Path(questions).read_text())
     for k, question in enumerate(asked["questions"]):

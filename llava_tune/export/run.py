@@ -36,7 +36,8 @@ def export_hf(checkpoint: Path, folder: Path, *, dtype: Literal["bf16", "fp32"],
     answerer = Answerer(checkpoint, dtype=torch.float32)
     kind = DTYPES[dtype]
     with whole_folder(folder) as beside, tempfile.TemporaryDirectory() as temporary:
-        asked = conversations(images or write_pictures(Path(temporary)))
+        pictures = [] if answerer.llava.vision is None else images or write_pictures(Path(temporary))
+        asked = conversations(pictures)
         # In fp32 the proof is against the model as it was trained, adapters and all; what bf16 rounds away is taken from both.
         ours = [ask_ours(answerer, one) for one in asked] if kind == torch.float32 else []
         merge_adapters(answerer.llava)

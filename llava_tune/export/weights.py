@@ -178,6 +178,11 @@ def vision_weights(vision: VisionEncoder, config: Any) -> Iterator[tuple[str, Te
                 yield f"{theirs}.{renamed}.{end}", state[f"{ours}.{name}.{end}"]
 
 
+def is_linear(projector: nn.Module) -> bool:
+    """Whether a projector is one linear layer."""
+    return sum(isinstance(m, nn.Linear) for m in projector.modules()) == 1
+
+
 def projector_weights(projector: nn.Module, width: int) -> dict[str, Tensor]:
     """linear_1 and linear_2 of LlavaMultiModalProjector; a linear projector's second layer is the identity."""
     layers = [m for m in projector if isinstance(m, nn.Linear)]  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from llava_tune.evaluate.answer import Answerer
 from llava_tune.export.gate import Report, ask_folder, ask_ours, compare, conversations, write_pictures
 from llava_tune.export.weights import merge_adapters
-from tests.conftest import Finished, Small, wrong_input
+from tests.conftest import Finished, Small, losses, wrong_input
 from tests.train.test_coco import write_internlm2
 
 pytestmark = pytest.mark.timeout(400)
@@ -140,6 +140,37 @@ def test_qlora_is_exported_as_what_it_computed(small: Small, cli: Callable[..., 
     assert report_of(tmp_path / "hf").failures() == []
 
 
+def test_qlora_of_internlm2_on_text_saves_merges_and_evaluates(
+    shared: Path, internlm2_tokenizer: Path, cli: Callable[..., Finished], tmp_path: Path
+) -> None:
+    """The Alpaca recipe in small, on this CPU; the merged model is opened as a causal language model."""
+    pytest.importorskip("bitsandbytes")
+    write_internlm2(tmp_path / "lm")
+    config = tmp_path / "alpaca.py"
+    config.write_text(
+        "from llava_tune.config import *\nrun = Run(\n"
+        f"    model=Model(llm=LanguageModel(name={str(tmp_path / 'lm')!r}, tokenizer={str(internlm2_tokenizer)!r}, freeze=True,\n"
+        "        quantization='nf4', lora=Lora(rank=8, alpha=16)), vision=None),\n"
+        f"    dataset=Dataset(data_path={str(shared / 'alpaca/alpaca_en_demo.json')!r}, max_length=256, num_workers=0),\n"
+        "    optimizer=Optimizer(learning_rate=1e-2, warmup_ratio=0.0),\n"
+        "    training=Training(global_batch_size=2, max_steps=8, save_steps=100, packing=True))\n"
+    )
+    done = cli("finetune", config, "--work-dir", tmp_path / "run")
+    assert done.code == 0, done.err
+    found = losses(tmp_path / "run")
+    assert found[-1] < found[0] - 0.05
+    exported = cli("export", tmp_path / "run/checkpoint-8", tmp_path / "hf", "--dtype", "fp32")
+    assert exported.code == 0, exported.err
+    assert report_of(tmp_path / "hf").failures() == []
+    assert json.loads((tmp_path / "hf/config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    questions = tmp_path / "q.json"
+    questions.write_text(
+        json.dumps([{"id": 1, "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hi"}]}])
+    )
+    evaluated = cli("evaluate", tmp_path / "run/checkpoint-8", "--data", questions, "--max-new-tokens", "4")
+    assert evaluated.code == 0 and "accuracy" in evaluated.out, evaluated.err
+
+
 @pytest.mark.slow
 def test_siglip_and_padding_to_a_square(small: Small, cli: Callable[..., Finished], tmp_path: Path) -> None:
     changes = (
@@ -197,7 +228,7 @@ def test_the_gate_fails_when_anything_is_wrong(clip: Path, exported: Path, tmp_p
     assert "the logits differ by" in failures(permute)
     assert "other token ids" in failures(shift)
     assert "other token ids" in failures(other_id)
-    assert "preprocessing differs by 0.02" in failures(repaint)
+    assert "preprocessing differs by 0.037" in failures(repaint)
 
 
 def test_what_is_merged_computes_the_same(small: Small, cli: Callable[..., Finished], tmp_path: Path) -> None:
