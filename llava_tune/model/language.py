@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,11 @@ def build_language_model(config: LanguageModel, dtype: torch.dtype) -> Any:
 
     folder = model_folder(config)
     attention = "sdpa" if config.attention == "auto" else config.attention
+    if attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise InputError(
+            "model.llm.attention=flash_attention_2 needs the package flash-attn, which is not installed. Run: pip install flash-attn "
+            "--no-build-isolation; or set 'auto', which isolates packed samples as well"
+        )
     if config.weights == "random":
         shape = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         shape._attn_implementation = attention
@@ -90,8 +96,6 @@ def build_language_model(config: LanguageModel, dtype: torch.dtype) -> Any:
 def _quantization(config: LanguageModel, dtype: torch.dtype) -> dict[str, Any]:
     if config.quantization == "none":
         return {}
-    import importlib.util
-
     if importlib.util.find_spec("bitsandbytes") is None:
         raise missing_package("bitsandbytes", "qlora", "model.llm.quantization=nf4")
     from transformers import BitsAndBytesConfig

@@ -22,8 +22,8 @@ _ADAMW = 12
 """Bytes that a checkpoint holds of a trained weight: fp32 itself, and AdamW's two moments."""
 
 
-def parameter_counts(model: Model) -> dict[str, tuple[int, int]]:
-    """(parameters, trained ones) of vision, projector and llm, as far as the config has them.
+def on_meta(model: Model) -> Llava:
+    """A config's model with its adapters, frozen as the config says, on the meta device: shapes without memory.
 
     Raises:
         InputError: a part doesn't exist or doesn't fit.
@@ -40,6 +40,16 @@ def parameter_counts(model: Model) -> dict[str, tuple[int, int]]:
                 add_lora(vision, model.vision.lora)
     llava = Llava(vision, projector, llm)
     freeze(llava, model)
+    return llava
+
+
+def parameter_counts(model: Model) -> dict[str, tuple[int, int]]:
+    """(parameters, trained ones) of vision, projector and llm, as far as the config has them.
+
+    Raises:
+        InputError: see `on_meta`.
+    """
+    llava = on_meta(model)
     counts: dict[str, tuple[int, int]] = {}
     for name, parameter in llava.named_parameters():
         part = name.split(".", 1)[0]
