@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
@@ -15,14 +15,19 @@ if TYPE_CHECKING:
 
 @dataclass
 class Options:
-    """Answer a question file in LLaVA's format (each round is a question) and score the answers by exact match."""
+    """Answer a question file in LLaVA's format (each round is a question) and score the answers by exact match; or a public
+    benchmark, as its authors publish it, by its paper's metric. A run that was killed goes on where it was."""
 
     checkpoint: tyro.conf.Positional[str]
     """Folder of a checkpoint, such as work_dirs/NAME/checkpoint-100."""
     data: str
-    """Question file: LLaVA JSON or JSONL."""
+    """Question file: LLaVA JSON or JSONL; or a benchmark's file (mme: its folder)."""
     image_folder: str | None = None
     """Folder that the images' paths start from."""
+    benchmark: Literal["vqav2", "textvqa", "gqa", "pope", "mme", "scienceqa", "mmbench", "refcoco"] | None = None
+    """Which public benchmark the data is; by default LLaVA's format."""
+    annotations: str | None = None
+    """vqav2: the file of its answers."""
     output: str | None = None
     """File for the answers, one JSON object a line; by default answers.jsonl in the checkpoint's folder."""
     batch_size: int = 16
@@ -57,6 +62,8 @@ def main(arguments: list[str]) -> None:
         max_new_tokens=options.max_new_tokens,
         limit=options.limit,
         swap=options.swap_images,
+        benchmark=options.benchmark,
+        annotations=options.annotations,
         report=report,
     )
     print_scores(result)
@@ -67,6 +74,9 @@ def print_scores(result: Evaluated) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    if result.scores:
+        print_benchmark(result)
+        return
     table = Table(title="accuracy (exact match)")
     for name in ("question type", "right", "asked", "accuracy"):
         table.add_column(name, justify="left" if name == "question type" else "right")
@@ -77,3 +87,18 @@ def print_scores(result: Evaluated) -> None:
     if result.swapped is not None:
         print(f"with each image swapped for another: {result.swapped:.1%}")
     print(f"every answer: {result.answers_file}")
+
+
+def print_benchmark(result: Evaluated) -> None:
+    """The table of a benchmark's figures."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=str(result.answers_file))
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for k, (name, value) in enumerate(result.scores.items()):
+        table.add_row(name, f"{value:,.1f}" if value > 1 else f"{value:.1%}", style="bold" if k == 0 else None)
+    Console().print(table)
+    if result.swapped is not None:
+        print(f"right with each image swapped for another: {result.swapped:.1%}")

@@ -7,6 +7,7 @@ import string
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -28,10 +29,10 @@ class Question:
 
     Attributes:
         id: of the record, with the round's number where a record asks several.
-        images: paths below the image folder.
+        images: paths below the image folder, or `data:` URIs.
         rounds: (question, answer) of the record before this one.
         question: with its image placeholders.
-        truth: the right answer.
+        truth: the right answer; of a benchmark, what its score needs: what each of ten people answered, or a box.
         kind: the question's type, for the table.
     """
 
@@ -39,7 +40,7 @@ class Question:
     images: list[str]
     rounds: list[tuple[str, str]]
     question: str
-    truth: str
+    truth: Any
     kind: str
 
 

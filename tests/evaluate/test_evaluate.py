@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -143,3 +145,47 @@ def test_wrong_inputs(small: Small, checkpoint: Path, cli: Callable[..., Finishe
     assert "no such file" in wrong_input(
         cli("evaluate", checkpoint, "--data", "/no.json", "--image-folder", small.images)
     )
+
+
+def test_kill_9_asks_no_question_twice(
+    small: Small, checkpoint: Path, cli: Callable[..., Finished], tmp_path: Path
+) -> None:
+    records = json.loads(small.captions.read_text())
+    rows = [
+        {"question_id": k, "image": r["image"], "text": f"Is there a {k}?", "label": "yes"}
+        for k, r in enumerate(records)
+    ]
+    data = tmp_path / "pope.json"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    output = tmp_path / "answers.jsonl"
+    arguments = ["evaluate", checkpoint, "--data", data, "--image-folder", small.images, "--benchmark", "pope"]
+    arguments += ["--batch-size", "1", "--max-new-tokens", "40", "--output", output]
+    process = subprocess.Popen([sys.executable, "-m", "llava_tune.cli.main", *map(str, arguments)], env={**os.environ})
+    journal = tmp_path / "answers.jsonl.unfinished"
+    deadline = time.monotonic() + 120
+    while not journal.is_file() or len(journal.read_text().splitlines()) < 6:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not output.exists()
+    kept = journal.read_text().splitlines()
+    journal.write_text("\n".join(kept) + '\n{"question": 40, "ans')  # a line that the kill cut off
+    # What was answered is taken as it is: a changed answer shows that its question was not asked again.
+    changed = [*kept[:1], *(json.dumps({**json.loads(line), "answer": "kept"}) for line in kept[1:])]
+    journal.write_text("\n".join(changed) + '\n{"question": 40, "ans')
+    done = cli(*arguments)
+    assert done.code == 0, done.err
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [a["id"] for a in answers] == [str(k) for k in range(len(rows))]
+    assert sum(a["answer"] == "kept" for a in answers) == len(kept) - 1
+    assert not journal.exists()
+    scores = json.loads((tmp_path / "answers-scores.json").read_text())
+    assert scores["questions"] == len(rows) and set(scores["scores"]) == {
+        "f1",
+        "accuracy",
+        "precision",
+        "recall",
+        "yes",
+    }
+    assert "f1" in done.out
