@@ -11,7 +11,7 @@ setup: $(READY)
 $(READY): pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch torchvision
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[deepspeed,fast,qlora,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[deepspeed,fast,qlora,serve,dev]'
 	touch $(READY)
 
 demo: $(READY)

@@ -20,6 +20,7 @@ VERBS = {
     "finetune": ("finetune", "CFG [--deepspeed NAME]", "fine-tune (stage 2): full, LoRA or QLoRA"),
     "evaluate": ("evaluate", "CHECKPOINT --data FILE", "answer a question file and score the answers"),
     "export": ("export", "CHECKPOINT FOLDER", "write a checkpoint as transformers opens it, and prove it there"),
+    "serve": ("serve", "CHECKPOINT|EXPORT [--port N]", "serve it with OpenAI's protocol through transformers serve"),
     "chat": ("chat", "CHECKPOINT [--image FILE]", "talk to a checkpoint in the terminal"),
     "demo": ("demo", "[--work-dir DIR]", "the whole road on a laptop CPU, in minutes"),
 }
