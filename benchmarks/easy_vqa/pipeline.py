@@ -10,6 +10,7 @@ import re
 import string
 import sys
 from pathlib import Path
+from typing import Any
 
 from transformers import pipeline
 
@@ -24,7 +25,7 @@ def main() -> None:
     export, answers, folder = sys.argv[1:4]
     rows = [json.loads(line) for line in Path(answers).read_text().splitlines()]
     rows = rows[: int(sys.argv[4])] if len(sys.argv) > 4 else rows
-    ask = pipeline("image-text-to-text", model=export, dtype="float32")
+    ask: Any = pipeline("image-text-to-text", model=export, dtype="float32")
     same = theirs = ours = 0
     for row in rows:
         image = {"type": "image", "path": str(Path(folder) / row["image"][0])}

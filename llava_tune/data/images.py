@@ -74,13 +74,15 @@ class ImageTransform:
 
     Bit for bit what transformers' CLIPImageProcessor makes of it (with torchvision, its default), so that an export sees what was
     trained on. The shorter side is resized to `size` (bicubic) and the centre is cut out; with `pad_to_square` the image is first
-    padded with the mean colour, so that nothing of it is cut off (LLaVA-1.5).
+    padded with the mean colour, so that nothing of it is cut off (LLaVA-1.5). With `scaled_decoding` a large JPEG is decoded at a half, a
+    quarter or an eighth of its size: several times faster, and no longer bit for bit the same.
     """
 
     size: int
     mean: tuple[float, float, float] = OPENAI_MEAN
     std: tuple[float, float, float] = OPENAI_STD
     pad_to_square: bool = False
+    scaled_decoding: bool = False
 
     def load(self, folder: Path, relative: str) -> Tensor:
         """
@@ -103,6 +105,8 @@ class ImageTransform:
         from torchvision.transforms.v2 import InterpolationMode
         from torchvision.transforms.v2.functional import resize
 
+        if self.scaled_decoding:  # JPEG only; still twice as large as needed, so that the resize has what to average
+            image.draft(image.mode, (2 * self.size, 2 * self.size))
         rgb = self._square(image.convert("RGB"))
         short = min(rgb.size)
         width, height = (self.size if s == short else int(self.size * s / short) for s in rgb.size)
@@ -123,7 +127,7 @@ class ImageTransform:
         return square
 
 
-def image_transform(vision: VisionTower | None, pad_to_square: bool) -> ImageTransform:
+def image_transform(vision: VisionTower | None, pad_to_square: bool, scaled_decoding: bool = False) -> ImageTransform:
     """The preprocessing that goes with a tower: of its config or its pretrained tag, else OpenAI's; of size 0 without one.
 
     Raises:
@@ -139,4 +143,5 @@ def image_transform(vision: VisionTower | None, pad_to_square: bool) -> ImageTra
         known = open_clip.get_pretrained_cfg(vision.name, vision.pretrained)
     red, green, blue = known.get("mean", OPENAI_MEAN)
     std_red, std_green, std_blue = known.get("std", OPENAI_STD)
-    return ImageTransform(image_size(config), (red, green, blue), (std_red, std_green, std_blue), pad_to_square)
+    mean, std = (red, green, blue), (std_red, std_green, std_blue)
+    return ImageTransform(image_size(config), mean, std, pad_to_square, scaled_decoding)

@@ -64,7 +64,7 @@ def run_session(
 ) -> Trained:
     """Train on a store that is ready, in a process group that has begun. See `train`."""
     main = rank() == 0
-    transform = image_transform(run.model.vision, run.dataset.pad_image_to_square)
+    transform = image_transform(run.model.vision, run.dataset.pad_image_to_square, run.dataset.scaled_image_decoding)
     dataset = _dataset(run, store, transform, work_dir)
     taken = shares(run.dataset, dataset.manifest)
     if run.model.vision is None and dataset.manifest["images"]:

@@ -41,6 +41,19 @@ def test_preprocessing_is_close_to_open_clips() -> None:
     assert difference.abs().max() < 2 / 256 / 0.26
 
 
+def test_scaled_decoding_reads_a_large_jpeg_at_less_than_its_size(tmp_path: Path) -> None:
+    smooth = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8))
+    smooth.resize((1600, 1200), Image.Resampling.BICUBIC).save(tmp_path / "large.jpg", quality=95)
+    smooth.resize((100, 75), Image.Resampling.BICUBIC).save(tmp_path / "small.jpg")
+    scaled = ImageTransform(64, scaled_decoding=True)
+    with Image.open(tmp_path / "large.jpg") as image:
+        found = scaled(image)
+        assert image.size == (200, 150)  # an eighth, still more than twice 64
+    whole = ImageTransform(64).load(tmp_path, "large.jpg")
+    assert not torch.equal(found, whole) and (found - whole).abs().mean() < 0.02
+    assert torch.equal(scaled.load(tmp_path, "small.jpg"), ImageTransform(64).load(tmp_path, "small.jpg"))
+
+
 def test_padding_to_a_square_keeps_everything() -> None:
     image = Image.new("RGB", (200, 100), (255, 0, 0))
     tensor = ImageTransform(50, pad_to_square=True)(image)
