@@ -75,7 +75,7 @@ def main() -> None:
         print(f"{stem}: {len(records):,} records")
     texts = texts_of([target / "captions.json", target / "train.json"])
     write_language_model(target / "llm", texts, vocab_size=384, width=128, layers=3, heads=4)
-    write_vision_tower(target / "vision.json")
+    write_vision_tower(target / "vision.json", timm_model=None)
 
 
 if __name__ == "__main__":

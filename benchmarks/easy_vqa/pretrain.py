@@ -23,6 +23,6 @@ run = Run(
         num_workers=0,
     ),
     optimizer=Optimizer(learning_rate=1e-3, weight_decay=0.05, warmup_ratio=0.05),
-    training=Training(global_batch_size=16, micro_batch_size=16, epochs=14, save_steps=5000, logging_steps=10),
+    training=Training(global_batch_size=16, micro_batch_size=16, epochs=20, save_steps=5000, logging_steps=10),
     work_dir=f"{folder}/pretrain",
 )

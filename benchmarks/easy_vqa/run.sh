@@ -14,4 +14,6 @@ first=$(ls -d "$EASY_VQA"/pretrain/checkpoint-* | sort -V | tail -1)
 run llava-tune finetune "$here/finetune.py" --dataset.offline-processed-text-folder "$EASY_VQA/store-train" --model.init-from "$first"
 last=$(ls -d "$EASY_VQA"/finetune/checkpoint-* | sort -V | tail -1)
 run llava-tune evaluate "$last" --data "$EASY_VQA/test.json" --image-folder "$source/images" --batch-size 64 --swap-images
+run llava-tune export "$last" "$EASY_VQA/hf" --dtype fp32
+run python "$here/pipeline.py" "$EASY_VQA/hf" "$last/answers.jsonl" "$source/images" "${PIPELINE_LIMIT:-400}"
 echo "all of it took $SECONDS s"

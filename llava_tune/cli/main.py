@@ -16,6 +16,7 @@ VERBS = {
     "doctor": ("doctor", "CFG", "read all records and images, and say what would harm the run"),
     "prepare": ("prepare", "CFG --save-folder DIR", "tokenize the data ahead of training"),
     "inspect": ("inspect", "DIR|CFG [--html FILE]", "look at samples as the model will see them"),
+    "plan": ("plan", "CFG --gpus N --gpu KIND", "memory, hours, disk and price of a run, before it is queued"),
     "pretrain": ("pretrain", "CFG [--deepspeed NAME]", "train the projector (stage 1)"),
     "finetune": ("finetune", "CFG [--deepspeed NAME]", "fine-tune (stage 2): full, LoRA or QLoRA"),
     "evaluate": ("evaluate", "CHECKPOINT --data FILE", "answer a question file and score the answers"),

@@ -67,11 +67,15 @@ def write_language_model(
         config.save_pretrained(beside)
 
 
-def write_vision_tower(path: Path, *, image_size: int = 64, timm_model: str = "test_mambaout") -> None:
-    """An open_clip model config of a small tower: convolutions learn shapes from few images sooner than a plain ViT."""
+def write_vision_tower(path: Path, *, image_size: int = 64, timm_model: str | None = "test_mambaout") -> None:
+    """An open_clip model config of a small tower: convolutions learn shapes from few images sooner than a plain ViT; with None, a ViT
+    as CLIP has, which transformers can open, too."""
+    by_timm = {"timm_model_name": timm_model, "timm_pool": "", "timm_proj": "linear"}
+    plain = {"layers": 6, "width": 128, "patch_size": 8, "head_width": 32}
     config = {
         "embed_dim": 64,
-        "vision_cfg": {"image_size": image_size, "timm_model_name": timm_model, "timm_pool": "", "timm_proj": "linear"},
+        "quick_gelu": timm_model is None,
+        "vision_cfg": {"image_size": image_size, **(plain if timm_model is None else by_timm)},
         "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
     }
     write_whole(path, json.dumps(config, indent=1))

@@ -25,6 +25,7 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.visual: Any = visual
         self.is_timm = is_timm
+        self.input_size = size
         body = visual.trunk if is_timm else visual
         self._prune(body, feature_layer)
         with torch.no_grad():
