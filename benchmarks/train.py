@@ -50,7 +50,7 @@ WAYS = {
         "4",
     ],
     "grouped by length": ["--training.global-batch-size", "16", "--training.micro-batch-size", "4"],
-    "packed": ["--training.packing", "--training.global-batch-size", "4", "--training.micro-batch-size", "1"],
+    "packed": ["--training.packing", "--training.global-batch-size", "4", "--training.micro-batch-size", "2"],
 }
 
 
