@@ -2,8 +2,8 @@
 
 python benchmarks/loss.py [--tokens 8192] [--vocabulary 92544] [--width 512] [--supervised 1.0]
 
-Each way runs in a process of its own, forward and backward; --dtype bfloat16 takes ten minutes on a CPU without matrix units for it. What is counted is the process's peak above what it
-held before the loss (hidden states and the head's weight).
+Each way runs in a process of its own, forward and backward; --dtype bfloat16 takes ten minutes on a CPU without matrix units for it.
+What is counted is the process's peak above what it held before the loss (hidden states and the head's weight).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def one(way: str, dtype: torch.dtype, options: argparse.Namespace) -> None:
     loss.backward()
     seconds = time.monotonic() - started
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print((after - before) * 1024 / 1e9, seconds, float(loss) / options.tokens)
+    print((after - before) * 1024 / 1e9, seconds, loss.item() / options.tokens)
 
 
 def main() -> None:
