@@ -327,7 +327,9 @@ def read_benchmark(name: str, path: Path, annotations: Path | None, limit: int |
         raise InputError(f"--data {path}: no such file or folder")
     try:
         questions = BENCHMARKS[name].read(path, annotations)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except InputError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, OSError, csv.Error) as error:
         raise InputError(f"{path}: not in the format of {name} as its authors publish it: {error!r}") from error
     if not questions:
         raise InputError(f"{path}: holds no question of {name}")

@@ -120,7 +120,9 @@ def evaluate(
 
 
 def _identity(path: Path) -> list[object]:
-    """What tells that a file is another one."""
+    """What tells that a file is another one; of a pattern, the pattern."""
+    if not path.exists():
+        return [str(path)]
     known = path.stat()
     return [str(path.resolve()), known.st_size, known.st_mtime_ns]
 

@@ -167,3 +167,28 @@ def test_samples_are_shuffled_by_seed_and_epoch() -> None:
     assert not together[0] & together[1]
     assert not together[0] & together[2]
     assert flat(0, 1) == flat(0, 1)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_packed_epochs_follow_one_another_and_a_late_start_is_the_same(times: int) -> None:
+    """How many packs an epoch has is counted without making it; a run that starts late must come to the same epochs."""
+    lengths = np.random.default_rng(5).integers(3, 200, 500).astype(np.int32)
+    shares = [Share(0, 300, 300 * times), Share(300, 500, 200)]
+
+    def order(start: int) -> BatchOrder:
+        return BatchOrder(
+            lengths, shares=shares, seed=1, global_batch_size=4, micro_batch_size=4, group_by_length=False, pack_length=256,
+            start_step=start, total_steps=200,
+        )  # fmt: skip
+
+    whole = dict(order(0).steps())
+    per_epoch = order(0).steps_per_epoch
+    assert per_epoch == len(order(0).epoch(0)) == len(order(0).epoch(1))
+    for step in (1, per_epoch - 1, per_epoch, 2 * per_epoch + 3):
+        assert dict(order(step).steps()) == {k: v for k, v in whole.items() if k >= step}
+    for epoch in (0, 1):
+        packs = [pack for step in range(epoch * per_epoch, (epoch + 1) * per_epoch) for pack in whole[step]]
+        rows = [row for pack in dict.fromkeys(packs) for row in pack]  # type: ignore[union-attr]
+        assert sorted(set(rows)) == list(range(500))
+        assert all(lengths[list(pack)].sum() <= 256 for pack in packs)  # type: ignore[arg-type]
+    assert whole[0] != whole[per_epoch]
