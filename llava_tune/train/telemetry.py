@@ -219,18 +219,19 @@ class Telemetry(TrainerCallback):
         for rank, (wait, forward) in enumerate(zip(waits, forwards, strict=True)):
             others = [w for k, w in enumerate(waits) if k != rank]
             where = f"rank {rank} on {self._hosts[rank]}"
-            if len(waits) > 1 and wait > _SLOW_DATA * seconds and wait > 2 * max(others):
+            if others and wait > _SLOW_DATA * seconds and wait > 2 * max(others):
                 self._warn(
-                    f"{where} waits for data {wait / seconds:.0%} of the time, the others don't: look at its disk"
+                    f"{where} waits for data", f"{wait / seconds:.0%} of the time, the others don't: look at its disk"
                 )
             if len(waits) > 2 and forward > _SLOW_FORWARD * middle and forward - middle > 0.1 * seconds:
-                self._warn(f"{where} is slow: its forward passes take {forward / middle:.1f} times the median rank's")
+                self._warn(
+                    f"{where} is slow", f"its forward passes take {forward / middle:.1f} times the median rank's"
+                )
 
-    def _warn(self, text: str) -> None:
-        key = text.split(":")[0].rstrip("0123456789.% ")[:40]
-        if key not in self._warned:
-            self._warned.add(key)
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+    def _warn(self, what: str, how_much: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            print(f"warning: {what}: {how_much}", file=sys.stderr, flush=True)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not self.main or logs is None or "tokens_per_second" not in logs:
