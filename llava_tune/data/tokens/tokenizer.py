@@ -29,10 +29,14 @@ def tokenizer_folder(name: str) -> str:
     """The folder or Hub name that transformers opens for `name`: itself, or the cached conversion of InternLM2's.
 
     Raises:
-        InputError: a folder that holds no tokenizer.
+        InputError: no such folder, or one that holds no tokenizer.
     """
     folder = Path(name)
     if not folder.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise InputError(
+                f"tokenizer {name}: no such folder, and not a Hugging Face name (owner/model). Expected a folder with tokenizer.json"
+            )
         return name
     if (folder / "tokenizer.json").is_file():
         return name
