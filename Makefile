@@ -11,7 +11,8 @@ setup: $(READY)
 $(READY): pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch torchvision
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[deepspeed,fast,qlora,serve,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[deepspeed,fast,gguf,qlora,serve,web,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llava-torch
 	touch $(READY)
 
 demo: $(READY)

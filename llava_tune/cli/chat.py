@@ -1,115 +1,243 @@
-"""llava-tune chat CHECKPOINT [--image FILE]"""
+"""llava-tune chat CHECKPOINT|EXPORT [--image FILE] [--web]"""
 
 from __future__ import annotations
 
+import contextlib
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import tyro
 
+from llava_tune.errors import InputError, missing_package
+
 if TYPE_CHECKING:
-    from torch import Tensor
+    from llava_tune.chat.speakers import Speaker, Turn
+    from llava_tune.model.generate import Sampling
 
-    from llava_tune.evaluate.answer import Answerer
-
-HELP = (
-    "/image FILE adds an image to your next message, /reset forgets the conversation, /system TEXT sets what is said before \
-it, /save FILE writes it, /quit ends"
-)
+HELP = """/image FILE ...  add pictures to your next message; or write (or drop) their paths in front of it
+/reset           forget the conversation
+/system TEXT     set what is said before it
+/save FILE       write it
+/quit            end"""
 
 
 @dataclass
 class Options:
-    """Talk to a checkpoint in the terminal; its answers stream."""
+    """Talk to a model; its answers stream. It may be a checkpoint, an export, or a LLaVA of others that transformers opens."""
 
-    checkpoint: tyro.conf.Positional[str]
-    """Folder of a checkpoint, such as work_dirs/NAME/checkpoint-100."""
+    model: tyro.conf.Positional[str]
+    """Folder of a checkpoint, such as work_dirs/NAME/checkpoint-100, or of an export; or a Hugging Face name (owner/model)."""
     image: tuple[str, ...] = ()
-    """Image files for the first message."""
+    """Image files for the first message; with --web, examples to click on."""
     max_new_tokens: int = 512
     """Tokens of an answer at most."""
+    temperature: float = 0.0
+    """0: always the likeliest token; higher: more varied."""
+    top_p: float = 1.0
+    """With a temperature: draw among the likeliest tokens that make up this share."""
+    seed: int | None = None
+    """Makes drawn answers repeatable."""
+    web: bool = False
+    """Serve a page instead of the terminal."""
+    host: str = "127.0.0.1"
+    """With --web: address to listen on."""
+    port: int = 7860
+    """With --web: port to listen on."""
 
 
 class Conversation:
-    """The rounds so far, the images in them, and those waiting for the next message."""
+    """The turns so far, and the pictures waiting for the next message."""
 
-    def __init__(self, answerer: Answerer, max_new_tokens: int) -> None:
-        self.answerer, self.max_new_tokens = answerer, max_new_tokens
+    def __init__(self, speaker: Speaker, max_new_tokens: int, sampling: Sampling) -> None:
+        self.speaker, self.max_new_tokens, self.sampling = speaker, max_new_tokens, sampling
         self.system = ""
         self.reset()
 
     def reset(self) -> None:
         """Forget all but the system text."""
-        self.rounds: list[tuple[str, str]] = []
-        self.images: list[Tensor] = []
-        self.waiting: list[Tensor] = []
+        self.turns: list[Turn] = []
+        self.waiting: list[Path] = []
 
-    def add_image(self, path: str) -> str:
-        """Take an image for the next message. Returns what to say."""
+    def add_image(self, path: Path) -> str:
+        """Take a picture for the next message. Returns what to say."""
         from llava_tune.data import BadImage
 
+        if not self.speaker.sees:
+            return f"{path}: this model has no vision tower"
         try:
-            self.waiting.append(self.answerer.transform.open(Path(path).expanduser()))
+            self.speaker.check(path)
         except BadImage as error:
             return f"{path}: {error}"
+        self.waiting.append(path)
         return f"{path} goes with your next message"
 
-    def ask(self, text: str) -> str:
-        """Answer a message, streaming to standard output."""
-        from llava_tune.constants import IMAGE_PLACEHOLDER
+    def ask(self, text: str) -> None:
+        """Answer a message, streaming to standard output. A failed answer leaves the conversation as it was."""
+        from llava_tune.chat.speakers import Turn
 
-        # What is typed is text: a literal <image> must not stand for an image that isn't there.
-        typed = text.replace(IMAGE_PLACEHOLDER, "< image>")
-        question = "\n".join([*[IMAGE_PLACEHOLDER] * len(self.waiting), typed])
-        images = [*self.images, *self.waiting]
-        prompt = self.answerer.prompt(self.rounds, question, self.system)
-        answer = self.answerer.answer([prompt], images, self.max_new_tokens, streamer=self._streamer())[0]
-        self.rounds.append((question, answer))
-        self.images, self.waiting = images, []
-        return answer
+        turn = Turn(text, self.waiting)
+        said = ""
+        try:
+            for piece in self.speaker.stream([*self.turns, turn], self.system, self.max_new_tokens, self.sampling):
+                piece = piece if said else piece.lstrip()
+                said += piece
+                print(piece, end="", flush=True)
+        finally:
+            print(flush=True)
+        self.turns.append(Turn(text, self.waiting, said.strip()))
+        self.waiting = []
 
-    def _streamer(self) -> Any:
-        from transformers import TextStreamer
-
-        return TextStreamer(self.answerer.tokenizer, skip_special_tokens=True)
+    def text(self) -> str:
+        """All that was said."""
+        lines = [f"system: {self.system}"] if self.system else []
+        for turn in self.turns:
+            lines += [*(f"image: {path}" for path in turn.images), f"you: {turn.text}", f"model: {turn.answer}"]
+        return "".join(f"{line}\n" for line in lines)
 
 
 def main(arguments: list[str]) -> None:
-    """Read lines until the end of the input or /quit."""
+    """Read lines until the end of the input or /quit; or serve the page."""
     options = tyro.cli(Options, args=arguments, prog="llava-tune chat", use_underscores=False)
-    from llava_tune.evaluate.answer import Answerer
+    images = [Path(image).expanduser() for image in options.image]
+    for image in images:
+        if not image.is_file():
+            raise InputError(f"--image {image}: no such file")
+    if options.web:
+        import importlib.util
 
-    conversation = Conversation(Answerer(options.checkpoint), options.max_new_tokens)
-    for image in options.image:
+        if importlib.util.find_spec("gradio") is None:
+            raise missing_package("gradio", "web", "chat --web")
+    from llava_tune.chat.speakers import open_speaker
+    from llava_tune.model.generate import Sampling
+
+    sampling = Sampling(options.temperature, options.top_p, options.seed)
+    speaker = open_speaker(options.model)
+    if options.web:
+        _serve(speaker, images, options, sampling)
+        return
+    _talk(Conversation(speaker, options.max_new_tokens, sampling), images)
+
+
+def _serve(speaker: Speaker, images: list[Path], options: Options, sampling: Sampling) -> None:
+    from llava_tune.chat.web import build_page
+
+    page = build_page(
+        speaker, [(image, "What is in the picture?") for image in images], options.max_new_tokens, sampling
+    )
+    folders = sorted({str(image.resolve().parent) for image in images})
+    page.launch(
+        server_name=options.host,
+        server_port=options.port,
+        allowed_paths=folders,
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+    )
+    print(f"{options.model} at http://{options.host}:{options.port} (end with Ctrl-C)", flush=True)
+    page.block_thread()
+
+
+def _talk(conversation: Conversation, images: list[Path]) -> None:
+    for image in images:
         print(conversation.add_image(image))
+    typed = sys.stdin.isatty()
+    if typed:
+        _remember_lines()
     print(HELP)
     while True:
         try:
-            line = input("you: " if sys.stdin.isatty() else "").strip()
+            line = input("you: " if typed else "").strip()
         except EOFError:
+            return
+        except KeyboardInterrupt:
+            print()
             return
         if line == "/quit":
             return
         if line:
-            _handle(conversation, line)
+            try:
+                _handle(conversation, line)
+            except KeyboardInterrupt:
+                print("(stopped)")
+
+
+def _remember_lines() -> None:
+    """Arrow keys and a history that outlives the session, where Python has readline."""
+    import atexit
+
+    from llava_tune.paths import cache_folder
+
+    with contextlib.suppress(ImportError, OSError):
+        import readline
+
+        file = cache_folder() / "chat_history"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            readline.read_history_file(file)
+        readline.set_history_length(1000)
+        atexit.register(readline.write_history_file, file)
 
 
 def _handle(conversation: Conversation, line: str) -> None:
     command, _, rest = line.partition(" ")
-    if not command.startswith("/"):
-        conversation.ask(line)
-    elif command == "/image" and rest:
-        print(conversation.add_image(rest))
+    if command == "/image" and rest:
+        paths, unknown = leading_files(rest)
+        for path in [*paths, *([Path(unknown)] if unknown else [])]:
+            print(conversation.add_image(path))
     elif command == "/reset":
         conversation.reset()
         print("forgotten")
     elif command == "/system":
         conversation.system = rest
-        print("set")
+        print("set" if rest else "removed")
     elif command == "/save" and rest:
-        Path(rest).write_text("".join(f"you: {q}\nmodel: {a}\n" for q, a in conversation.rounds))
-        print(f"written to {rest}")
-    else:
+        path = Path(rest).expanduser()
+        try:
+            path.write_text(conversation.text(), encoding="utf-8")
+        except OSError as error:
+            print(f"{path}: {error.strerror}")
+        else:
+            print(f"written to {path}")
+    elif command.startswith("/") and not leading_files(line)[0]:
         print(HELP)
+    else:
+        paths, text = leading_files(line)
+        for path in paths:
+            print(conversation.add_image(path))
+        if text:
+            conversation.ask(text)
+
+
+def leading_files(line: str) -> tuple[list[Path], str]:
+    """Files named at the front of a line, as a terminal pastes or drops them (quoted, or with escaped spaces), and the rest."""
+    found: list[Path] = []
+    rest = line.strip()
+    while rest:
+        reader = shlex.shlex(rest, posix=True)
+        reader.whitespace_split, reader.commenters = True, ""
+        try:
+            word = reader.get_token()
+        except ValueError:  # an unclosed quote: no path
+            break
+        path = Path((word or "").removeprefix("file://")).expanduser()
+        try:
+            if not word or not path.is_file():
+                break
+        except OSError:
+            break
+        found.append(path)
+        rest = rest[_consumed(rest, word) :].lstrip()
+    return found, rest
+
+
+def _consumed(text: str, word: str) -> int:
+    """Characters at the front of `text` that shlex reads as `word`."""
+    for end in range(len(word), len(text) + 1):
+        if end == len(text) or text[end].isspace():
+            with contextlib.suppress(ValueError):
+                if shlex.split(text[:end]) == [word]:
+                    return end
+    return len(text)

@@ -1,4 +1,4 @@
-"""llava-tune export CHECKPOINT FOLDER [--format hf]"""
+"""llava-tune export CHECKPOINT FOLDER [--format hf|gguf|llava|adapter]"""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ class Options:
     """Folder of a checkpoint, such as work_dirs/NAME/checkpoint-100."""
     folder: tyro.conf.Positional[str]
     """New folder to write."""
-    format: Literal["hf"] = "hf"
-    """hf: transformers' LlavaForConditionalGeneration, adapters merged."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """Of the weights written."""
+    format: Literal["hf", "gguf", "llava", "adapter"] = "hf"
+    """hf: transformers' LlavaForConditionalGeneration, adapters merged. gguf: for llama.cpp. llava: for LLaVA's own code. adapter: the
+    model without the language model's LoRA, as transformers opens it, and the LoRA for peft."""
+    dtype: Literal["bf16", "fp32", "fp16", "q8_0"] | None = None
+    """Of the weights written: bf16 (default) or fp32; of gguf fp16 (default), fp32 or q8_0."""
     image: tuple[str, ...] = ()
     """Pictures to prove it with; by default drawn ones."""
     push_to_hub: str | None = None
@@ -31,16 +32,13 @@ class Options:
 def main(arguments: list[str]) -> None:
     """Export and print what the gate found."""
     options = tyro.cli(Options, args=arguments, prog="llava-tune export", use_underscores=False)
-    from llava_tune.export.run import export_hf
+    from llava_tune.export.run import export
 
     folder = Path(options.folder)
-    report = export_hf(Path(options.checkpoint), folder, dtype=options.dtype, images=[Path(p) for p in options.image])
+    images = [Path(p) for p in options.image]
+    said = export(Path(options.checkpoint), folder, format=options.format, dtype=options.dtype, images=images)
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-    print(f"{folder}: {size / 1e6:,.1f} MB, {options.dtype}")
-    print(
-        f"opened by transformers in a process of its own, {report.questions} questions: token ids equal, pixels differ by at most "
-        f"{report.pixels:.1e}, logits by {report.logits:.1e}, {report.greedy[0]} of {report.greedy[1]} greedy tokens agree"
-    )
+    print(f"{folder}: {size / 1e6:,.1f} MB\n{said}")
     if options.push_to_hub:
         from huggingface_hub import HfApi
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import importlib
+import logging
 import os
 import sys
+import warnings
 
 from llava_tune import __version__
 from llava_tune.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RUN_FAILED, InputError, RunFailed, SharedInputError
@@ -20,9 +22,13 @@ VERBS = {
     "pretrain": ("pretrain", "CFG [--deepspeed NAME]", "train the projector (stage 1)"),
     "finetune": ("finetune", "CFG [--deepspeed NAME]", "fine-tune (stage 2): full, LoRA or QLoRA"),
     "evaluate": ("evaluate", "CHECKPOINT --data FILE", "answer a question file and score the answers"),
-    "export": ("export", "CHECKPOINT FOLDER", "write a checkpoint as transformers opens it, and prove it there"),
+    "export": (
+        "export",
+        "CHECKPOINT FOLDER [--format F]",
+        "write it for transformers, llama.cpp, LLaVA's code or peft, proved there",
+    ),
     "serve": ("serve", "CHECKPOINT|EXPORT [--port N]", "serve it with OpenAI's protocol through transformers serve"),
-    "chat": ("chat", "CHECKPOINT [--image FILE]", "talk to a checkpoint in the terminal"),
+    "chat": ("chat", "MODEL [--image FILE] [--web]", "talk to a checkpoint, an export or another LLaVA"),
     "demo": ("demo", "[--work-dir DIR]", "the whole road on a laptop CPU, in minutes"),
 }
 
@@ -59,6 +65,7 @@ def main() -> None:
         _complain(f"{arguments[0]!r} is not a verb.{hint} `llava-tune --help` lists them")
         sys.exit(EXIT_BAD_INPUT)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _quiet_libraries()
     try:
         verb = importlib.import_module(f"llava_tune.cli.{VERBS[arguments[0]][0]}")
         verb.main(arguments[1:])
@@ -77,6 +84,14 @@ def main() -> None:
     except KeyboardInterrupt:
         _complain("interrupted")
         sys.exit(EXIT_RUN_FAILED)
+
+
+def _quiet_libraries() -> None:
+    """What they warn of says nothing to a user here: names of theirs that will change, kernels of a GPU that isn't there."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore", FutureWarning)
 
 
 def _complain(message: str) -> None:

@@ -69,8 +69,8 @@ def ready_export(folder: Path, dtype: Literal["bf16", "fp32"]) -> Path:
         )
     target = folder / "hf"
     if not target.is_dir():
-        from llava_tune.export.run import export_hf
+        from llava_tune.export.run import export
 
         print(f"exporting {folder} to {target}", file=sys.stderr, flush=True)
-        export_hf(folder, target, dtype=dtype, images=[])
+        export(folder, target, dtype=dtype)
     return target.resolve()

@@ -14,7 +14,7 @@ from llava_tune.data.plan import make_layout
 from llava_tune.data.tokens.layout import Layout
 from llava_tune.data.tokens.tokenizer import load_tokenizer
 from llava_tune.model.factory import load_checkpoint
-from llava_tune.model.generate import generate
+from llava_tune.model.generate import GREEDY, Sampling, generate
 
 
 class Answerer:
@@ -43,13 +43,20 @@ class Answerer:
         return self.layout.prompt(rounds, question, system)
 
     def answer(
-        self, prompts: list[list[int]], images: list[Tensor], max_new_tokens: int, streamer: Any = None
+        self,
+        prompts: list[list[int]],
+        images: list[Tensor],
+        max_new_tokens: int,
+        streamer: Any = None,
+        sampling: Sampling = GREEDY,
     ) -> list[str]:
-        """Greedy answers.
+        """Answers.
 
         Args:
             prompts: of `prompt`.
             images: float [3, size, size], in the order of the prompts' placeholders.
+            streamer: a transformers streamer, for one prompt.
+            sampling: how a token is chosen.
         """
         ids = generate(
             self.llava,
@@ -58,6 +65,7 @@ class Answerer:
             stop_ids=self.layout.stop_ids,
             max_new_tokens=max_new_tokens,
             streamer=streamer,
+            sampling=sampling,
         )
         return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
 

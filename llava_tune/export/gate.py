@@ -32,7 +32,8 @@ class Report:
         ids_equal: both gave every prompt the same token ids.
         pixels: largest difference of preprocessed pixels.
         logits: largest difference of a logit, in fp32.
-        greedy: of the new tokens (64 a question at most), how many agree, and of how many.
+        greedy: of the new tokens (64 a question at most), how many agree, and of how many; of 0 where the program was asked for logits
+            alone.
     """
 
     questions: int
@@ -97,9 +98,12 @@ class Answer:
     new: list[int]
 
 
-def compare(ours: list[Answer], theirs: dict[str, np.ndarray], folder: Path, stop_ids: list[int]) -> Report:
-    """What the folder's answers (of `ask_folder`) differ by from ours."""
-    image_id = json.loads((folder / "config.json").read_text()).get("image_token_index")
+def compare(ours: list[Answer], theirs: dict[str, np.ndarray], image_id: int | None, stop_ids: list[int]) -> Report:
+    """What the folder's answers (of `ask_folder`) differ by from ours.
+
+    Args:
+        image_id: the id that theirs have once a patch.
+    """
     ids_equal, pixels, logits, agree, total = True, 0.0, 0.0, 0, 0
     for k, our in enumerate(ours):
         expected = np.where(theirs[f"ids_{k}"] == image_id, IMAGE_TOKEN_INDEX, theirs[f"ids_{k}"])
@@ -109,6 +113,8 @@ def compare(ours: list[Answer], theirs: dict[str, np.ndarray], folder: Path, sto
             pixels = max(pixels, _difference(theirs[f"pixels_{k}"], our.pixels))
         found = theirs[f"logits_{k}"][:, : our.logits.shape[1]]
         logits = max(logits, _difference(found, our.logits) if same else float("inf"))
+        if f"new_{k}" not in theirs:
+            continue
         their_new = _until(theirs[f"new_{k}"].tolist(), stop_ids)
         total += max(len(our.new), len(their_new), 1)
         agree += sum(a == b for a, b in zip(our.new, their_new, strict=False)) if our.new or their_new else 1
@@ -119,11 +125,14 @@ def _difference(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(one - other).max()) if one.shape == other.shape else float("inf")
 
 
-def ask_folder(folder: Path, asked: list[Conversation], beside: Path) -> dict[str, np.ndarray]:
+def ask_folder(
+    folder: Path, asked: list[Conversation], beside: Path, program: str = "opened.py"
+) -> dict[str, np.ndarray]:
     """What transformers makes of the conversations, in a process of its own.
 
     Args:
         beside: a folder for its files.
+        program: beside this file; `opened_llava.py` has LLaVA's own code instead.
 
     Raises:
         RunFailed: it can't open the folder.
@@ -139,16 +148,15 @@ def ask_folder(folder: Path, asked: list[Conversation], beside: Path) -> dict[st
         messages.append(said)
     questions, out = beside / "questions.json", beside / "found.npz"
     questions.write_text(json.dumps({"questions": messages, "max_new_tokens": GREEDY}))
-    program = Path(__file__).with_name("opened.py")
     done = subprocess.run(
-        [sys.executable, program, folder.resolve(), questions, out],
+        [sys.executable, Path(__file__).with_name(program), folder.resolve(), questions, out],
         capture_output=True,
         text=True,
         cwd=beside,
         env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"HF_HUB_OFFLINE": "1"},
     )
     if done.returncode:
-        raise RunFailed(f"transformers can't open the export {folder}: {done.stderr.strip()[-2000:]}")
+        raise RunFailed(f"{program} can't open it: {done.stderr.strip()[-2000:]}")
     with np.load(out) as found:
         return dict(found)
 
@@ -175,6 +183,15 @@ def ask_ours(answerer: Answerer, conversation: Conversation) -> Answer:
 
 def _until(ids: list[int], stops: list[int]) -> list[int]:
     return next((ids[:i] for i, token in enumerate(ids) if token in stops), ids)
+
+
+def sentence(report: Report, program: str) -> str:
+    """The report as a person reads it."""
+    greedy = f", {report.greedy[0]} of {report.greedy[1]} greedy tokens agree" if report.greedy[1] else ""
+    return (
+        f"opened by {program} in a process of its own, {report.questions} questions: token ids equal, pixels differ by at most "
+        f"{report.pixels:.1e}, logits by {report.logits:.1e}{greedy}"
+    )
 
 
 def write_report(folder: Path, report: Report, dtype: torch.dtype) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from llava_tune import __version__
 from llava_tune.data.images import ImageTransform
 from llava_tune.evaluate.answer import Answerer
-from llava_tune.export.chat_template import jinja
+from llava_tune.export.chat_template import jinja, parts_said
 from llava_tune.export.weights import is_linear, language_weights, projector_weights, vision_config_of, vision_weights
 from llava_tune.model.llava import Llava
 
@@ -38,19 +38,19 @@ def write_hf(answerer: Answerer, folder: Path, dtype: torch.dtype) -> None:
     if hasattr(text_config, "quantization_config"):
         del text_config.quantization_config
     if llava.vision is None:
-        tokenizer = _write_tokenizer(answerer, folder, None)
+        tokenizer = write_tokenizer(answerer, folder, None)
         text_config.architectures = [type(llava.llm).__name__]
         text_config.save_pretrained(folder)
-        _save(language_weights(llava, text_config.vocab_size), folder, dtype)
+        save_weights(language_weights(llava, text_config.vocab_size), folder, dtype)
         image_id = None
     else:
         vision_config = vision_config_of(llava.vision, answerer.transform.size)
-        tokenizer = _write_tokenizer(answerer, folder, IMAGE_TOKEN)
+        tokenizer = write_tokenizer(answerer, folder, IMAGE_TOKEN)
         image_id = int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
         text_config.vocab_size = max(llava.config.vocab_size, -(-len(tokenizer) // _ROWS) * _ROWS)
         text_config.architectures = None
         _write_config(llava, folder, vision_config, text_config, image_id)
-        _save(_weights(llava, vision_config, text_config.vocab_size), folder, dtype)
+        save_weights(_weights(llava, vision_config, text_config.vocab_size), folder, dtype)
         _write_processor(answerer, folder, vision_config)
     stop = answerer.layout.stop_ids
     generation = {
@@ -64,14 +64,18 @@ def write_hf(answerer: Answerer, folder: Path, dtype: torch.dtype) -> None:
     (folder / "README.md").write_text(model_card(run, dtype))
 
 
-def _write_tokenizer(answerer: Answerer, folder: Path, image_token: str | None) -> Any:
-    """The tokenizer, with an image token where one is asked for; it adds no BOS itself: the chat template writes it."""
+def write_tokenizer(answerer: Answerer, folder: Path, image_token: str | None, *, adds_bos: bool = False) -> Any:
+    """The tokenizer, with an image token where one is asked for.
+
+    Args:
+        adds_bos: the tokenizer itself puts BOS in front of a text; else the chat template writes it.
+    """
     tokenizer = copy.deepcopy(answerer.tokenizer)
     if image_token is not None and image_token not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
     spec = answerer.layout.spec
     bos = tokenizer.convert_ids_to_tokens(spec.bos) if spec.bos is not None else None
-    tokenizer.chat_template = jinja(spec.template, bos, IMAGE_TOKEN)
+    tokenizer.chat_template = jinja(spec.template, None if adds_bos else bos, parts_said(IMAGE_TOKEN))
     for name in ("add_bos_token", "add_eos_token"):
         if hasattr(tokenizer, name):
             setattr(tokenizer, name, False)
@@ -79,17 +83,29 @@ def _write_tokenizer(answerer: Answerer, folder: Path, image_token: str | None) 
         tokenizer.image_token = image_token
     tokenizer.save_pretrained(folder)
     backend = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    backend["post_processor"] = None
+    backend["post_processor"] = _puts_in_front(bos, spec.bos) if adds_bos and bos is not None else None
     (folder / "tokenizer.json").write_text(json.dumps(backend, ensure_ascii=False), encoding="utf-8")
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text())
     for name in ("is_local", "local_files_only"):  # of this machine
         config.pop(name, None)
-    config |= {"add_bos_token": False, "add_eos_token": False}
+    config |= {"add_bos_token": adds_bos and bos is not None, "add_eos_token": False}
     if image_token is not None:
         config["image_token"] = image_token
     path.write_text(json.dumps(config, indent=1, ensure_ascii=False))
     return tokenizer
+
+
+def _puts_in_front(token: str, number: int | None) -> dict[str, Any]:
+    """tokenizer.json's post-processor that writes a token in front."""
+    first, text = {"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    second = {"Sequence": {"id": "B", "type_id": 1}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": [first, text, second],
+        "special_tokens": {token: {"id": token, "ids": [number], "tokens": [token]}},
+    }
 
 
 def _write_config(llava: Llava, folder: Path, vision_config: Any, text_config: Any, image_id: int) -> None:
@@ -121,7 +137,7 @@ def _weights(llava: Llava, vision_config: Any, rows: int) -> dict[str, Tensor]:
     return state
 
 
-def _save(state: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
+def save_weights(state: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
     from huggingface_hub import save_torch_state_dict
 
     state = {name: value.to("cpu", dtype).contiguous().clone() for name, value in state.items()}

@@ -1,4 +1,4 @@
-"""Opens an exported folder as its users do, with transformers alone, and says what it computes.
+"""Opens an exported folder as its users do, with transformers (and peft, for one with an adapter) alone, and says what it computes.
 
 python opened.py FOLDER QUESTIONS.json OUT.npz
 
@@ -19,6 +19,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 def main() -> None:
     folder, questions, out = sys.argv[1:]
+    adapter = Path(folder) / "adapter"
+    if adapter.is_dir():
+        folder = str(Path(folder) / "base")
     torch.manual_seed(0)
     processor: Any
     model: Any
@@ -28,6 +31,10 @@ def main() -> None:
     else:
         processor = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if adapter.is_dir():
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter).eval()
     found: dict[str, Any] = {}
     asked = json.loads(Path(questions).read_text())
     for k, question in enumerate(asked["questions"]):

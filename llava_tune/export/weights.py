@@ -13,8 +13,8 @@ from llava_tune.model.llava import Llava
 from llava_tune.model.vision import VisionEncoder
 
 
-def merge_adapters(module: nn.Module) -> None:
-    """Turn a part's adapted and 4-bit layers into plain ones, in place.
+def merge_adapters(module: nn.Module, *, add: bool = True) -> None:
+    """Turn a part's adapted and 4-bit layers into plain ones, in place; without what the adapters add if `add` is False.
 
     An adapter's change is added to its layer (LoRA, arXiv:2106.09685; DoRA, 2402.09353); 4-bit weights (2305.14314) become the
     numbers that they stand for.
@@ -22,19 +22,28 @@ def merge_adapters(module: nn.Module) -> None:
     from peft.tuners.lora import LoraLayer
 
     for name, layer in list(module.named_modules()):
-        if not isinstance(layer, LoraLayer):
-            continue
-        base: Any = layer.get_base_layer()
-        plain = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-        plain.weight = nn.Parameter(_merged(layer, _numbers(base.weight).detach()), requires_grad=False)
-        if base.bias is not None:
-            plain.bias = nn.Parameter(base.bias.detach(), requires_grad=False)
-        module.set_submodule(name, plain)
+        if isinstance(layer, LoraLayer):
+            base: Any = layer.get_base_layer()
+            weight = _numbers(base.weight).detach()
+            module.set_submodule(name, _plain(base, _merged(layer, weight) if add else weight))
+    for name, layer in list(module.named_modules()):  # 4-bit layers without an adapter
+        if isinstance(layer, nn.Linear) and hasattr(layer.weight, "quant_state"):
+            module.set_submodule(name, _plain(layer, _numbers(layer.weight).detach()))
+
+
+def _plain(layer: nn.Linear, weight: Tensor) -> nn.Linear:
+    plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    if layer.bias is not None:
+        plain.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
+    return plain
 
 
 def round_weights(module: nn.Module, dtype: torch.dtype) -> None:
-    """Round parameters to what `dtype` can hold, in place; they stay in the type that they have."""
-    for parameter in module.parameters():
+    """Round parameters, all but adapters', to what `dtype` can hold, in place; they stay in the type that they have."""
+    for name, parameter in module.named_parameters():
+        if "lora_" in name or not parameter.is_floating_point():
+            continue
         parameter.data = parameter.data.to(dtype).to(parameter.dtype)
 
 

@@ -1,7 +1,8 @@
-"""Greedy answers of a Llava to prompts with images."""
+"""Answers of a Llava to prompts with images."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,32 @@ from torch import Tensor
 
 from llava_tune.constants import IMAGE_TOKEN_INDEX
 from llava_tune.model.llava import Llava
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen.
+
+    Attributes:
+        temperature: 0: always the likeliest; else drawn after the logits are divided by it.
+        top_p: drawn among the likeliest tokens that make up this share (nucleus sampling, arXiv:1904.09751).
+        seed: makes drawn answers repeatable; None: they differ each time.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Of transformers' `generate`; seeds torch's random numbers."""
+        if self.temperature <= 0:
+            return {"do_sample": False}
+        if self.seed is not None:
+            torch.manual_seed(self.seed)
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+
+
+GREEDY = Sampling()
 
 
 @torch.inference_mode()
@@ -22,6 +49,7 @@ def generate(
     max_new_tokens: int,
     streamer: Any = None,
     synced: bool = False,
+    sampling: Sampling = GREEDY,
 ) -> list[list[int]]:
     """New token ids of each prompt, up to and without the first stop id.
 
@@ -31,6 +59,7 @@ def generate(
         stop_ids: ids that end an answer.
         streamer: a transformers streamer, for one prompt.
         synced: all ranks generate together (ZeRO-3).
+        sampling: how a token is chosen.
     """
     device = llava.llm.get_input_embeddings().weight.device
     tokens = llava.vision.tokens if llava.vision is not None else 1
@@ -49,7 +78,7 @@ def generate(
             inputs_embeds=llava.embed(ids.to(device), pixels),
             attention_mask=mask.to(device),
             max_new_tokens=max_new_tokens,
-            do_sample=False,
+            **sampling.arguments(),
             eos_token_id=stop_ids,
             pad_token_id=stop_ids[0],
             streamer=streamer,

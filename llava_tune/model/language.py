@@ -86,6 +86,12 @@ def build_language_model(config: LanguageModel, dtype: torch.dtype) -> Any:
             )
         except (OSError, ValueError) as error:
             raise InputError(f"model.llm.name {config.name} can't be loaded: {str(error).splitlines()[0]}") from error
+    if config.quantization != "none":
+        for module in model.modules():
+            # On a CPU with AVX512-BF16 bitsandbytes repacks the weights in the first evaluation: in bf16 whatever was asked for, wrongly
+            # for rows that aren't whole blocks, and so that they can't be merged any more.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     if config.attention == "auto" and supports_per_sample(model):
         model.set_attn_implementation(PER_SAMPLE)
     if config.lora.rank:

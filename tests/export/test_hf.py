@@ -18,50 +18,10 @@ from llava_tune.evaluate.answer import Answerer
 from llava_tune.export.gate import Report, ask_folder, ask_ours, compare, conversations, write_pictures
 from llava_tune.export.weights import merge_adapters
 from tests.conftest import Finished, Small, losses, wrong_input
+from tests.export.conftest import tower, trained
 from tests.train.test_coco import write_internlm2
 
 pytestmark = pytest.mark.timeout(400)
-
-TOWER = {
-    "embed_dim": 32,
-    "vision_cfg": {"image_size": 64, "layers": 3, "width": 64, "patch_size": 16, "head_width": 32},
-    "text_cfg": {},
-}
-
-
-def trained(small: Small, cli: Callable[..., Finished], folder: Path, changes: str, *more: object) -> Path:
-    """A checkpoint of the small model with `changes` to its config, after a few steps."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = folder / "c.py"
-    config.write_text(
-        "from dataclasses import replace\nfrom llava_tune.config import *\n"
-        f"run = load_run({str(small.config)!r})\nm, v, l, d = run.model, run.model.vision, run.model.llm, run.dataset\n"
-        f"tower = {str(folder / 'tower.json')!r}\n{changes}\n"
-        "run = replace(run, model=replace(m, vision=v, llm=l), dataset=d)\n"
-    )
-    done = cli("finetune", config, "--work-dir", folder / "run", "--optimizer.learning-rate", "3e-3", *more)
-    assert done.code == 0, done.err
-    return folder / "run/checkpoint-6"
-
-
-def tower(folder: Path, **more: object) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tower.json").write_text(json.dumps({**TOWER, **more}))
-
-
-@pytest.fixture(scope="module")
-def clip(small: Small, cli: Callable[..., Finished], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("clip")
-    tower(folder, quick_gelu=True)
-    return trained(small, cli, folder, "v = replace(v, name=tower)")
-
-
-@pytest.fixture(scope="module")
-def exported(clip: Path, cli: Callable[..., Finished]) -> Path:
-    folder = clip.parent / "hf"
-    done = cli("export", clip, folder, "--dtype", "fp32")
-    assert done.code == 0, done.err
-    return folder
 
 
 def report_of(folder: Path) -> Report:
@@ -102,18 +62,10 @@ def test_a_pipeline_that_never_saw_us_gives_our_answers(
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_internlm2_with_dora_and_a_linear_projector(
-    small: Small, internlm2_tokenizer: Path, cli: Callable[..., Finished], tmp_path: Path, dtype: str
+    internlm2_dora: Path, cli: Callable[..., Finished], tmp_path: Path, dtype: str
 ) -> None:
     """92,544 ids: the image token is number 92,544, and the vocabulary grows."""
-    write_internlm2(tmp_path / "lm")
-    tower(tmp_path, quick_gelu=False)
-    changes = (
-        "v = replace(v, name=tower)\nm = replace(m, projector=Projector(kind='linear'))\n"
-        f"l = LanguageModel(name={str(tmp_path / 'lm')!r}, tokenizer={str(internlm2_tokenizer)!r}, freeze=True, "
-        "lora=Lora(rank=4, alpha=16, dropout=0.0, variant='dora'))"
-    )
-    checkpoint = trained(small, cli, tmp_path, changes)
-    done = cli("export", checkpoint, tmp_path / "hf", "--dtype", dtype)
+    done = cli("export", internlm2_dora, tmp_path / "hf", "--dtype", dtype)
     assert done.code == 0, done.err
     assert report_of(tmp_path / "hf").failures() == []
     config = json.loads((tmp_path / "hf/config.json").read_text())
@@ -182,6 +134,11 @@ def test_siglip_and_padding_to_a_square(small: Small, cli: Callable[..., Finishe
     assert report_of(tmp_path / "hf").failures() == []
     config = json.loads((tmp_path / "hf/config.json").read_text())
     assert config["vision_config"]["model_type"] == "siglip_vision_model"
+    pytest.importorskip("xllamacpp")
+    done = cli("export", checkpoint, tmp_path / "gguf", "--format", "gguf", "--dtype", "fp32")
+    assert done.code == 0, done.err
+    gate = json.loads((tmp_path / "gguf/gate.json").read_text())
+    assert gate["class_token"] is None and gate["logprobs"] < 0.01 and gate["greedy"][1] > 7
 
 
 def test_the_gate_fails_when_anything_is_wrong(clip: Path, exported: Path, tmp_path: Path) -> None:
@@ -194,7 +151,8 @@ def test_the_gate_fails_when_anything_is_wrong(clip: Path, exported: Path, tmp_p
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(exported, folder)
         change(folder)
-        found = compare(ours, ask_folder(folder, asked, tmp_path), folder, answerer.layout.stop_ids)
+        image_id = json.loads((folder / "config.json").read_text())["image_token_index"]
+        found = compare(ours, ask_folder(folder, asked, tmp_path), image_id, answerer.layout.stop_ids)
         return "; ".join(found.failures())
 
     def permute(folder: Path) -> None:

@@ -15,13 +15,12 @@ import pytest
 
 from llava_tune.evaluate.answer import Answerer
 from tests.conftest import Finished, Small, wrong_input
-from tests.export.test_hf import clip  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.timeout(400)
 
 
 def test_an_openai_client_gets_our_answers(
-    clip: Path,  # noqa: F811
+    clip: Path,
     small: Small,
     cli: Callable[..., Finished],
     tmp_path: Path,
