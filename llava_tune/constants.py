@@ -10,3 +10,10 @@ IMAGE_TOKEN_INDEX = -200
 
 IMAGE_PLACEHOLDER = "<image>"
 """What a record's text holds where an image goes."""
+
+BEST = "best.json"
+"""In a work dir: the checkpoint that scored best while training."""
+FINISHED = "finished.json"
+"""In a work dir, once the last step is made: which checkpoint is the last, and the config."""
+CRASH = "crash"
+"""In a work dir: a folder with what each rank of a failed run left."""

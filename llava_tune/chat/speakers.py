@@ -182,9 +182,9 @@ def open_speaker(name: str) -> Speaker:
     Raises:
         InputError: it is none of these.
     """
-    from llava_tune.model.factory import RUN_CONFIG, checkpoint_run
+    from llava_tune.model.factory import RUN_CONFIG, checkpoint_folder, checkpoint_run
 
-    folder = Path(name)
+    folder = checkpoint_folder(name)
     if (folder / RUN_CONFIG).is_file():
         return CheckpointSpeaker(folder)
     if next(folder.glob("*.gguf"), None) is not None:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 @dataclass
 class Options:
     """Answer a question file in LLaVA's format (each round is a question) and score the answers by exact match; or a public
-    benchmark, as its authors publish it, by its paper's metric. A run that was killed goes on where it was."""
+    benchmark, as its authors publish it, by its paper's metric. A run that was killed goes on where it was. NPROC_PER_NODE=N shares
+    the questions among N processes."""
 
     checkpoint: tyro.conf.Positional[str]
     """Folder of a checkpoint, such as work_dirs/NAME/checkpoint-100."""
@@ -36,6 +37,14 @@ class Options:
     """Tokens of an answer at most."""
     limit: int | None = None
     """Ask only the first this many."""
+    temperature: float = 0.0
+    """0: always the likeliest token; higher: more varied."""
+    top_p: float = 1.0
+    """With a temperature: draw among the likeliest tokens that make up this share."""
+    seed: int = 0
+    """Of drawn answers; they are the same again with the same batches."""
+    launcher: Literal["none", "torchrun", "slurm"] = "none"
+    """Who started this process. NPROC_PER_NODE=N starts N through torchrun by itself."""
     swap_images: bool = False
     """Also ask with each image swapped for another: shows what the model answers without looking."""
 
@@ -43,13 +52,25 @@ class Options:
 def main(arguments: list[str]) -> None:
     """Evaluate and print the scores."""
     options = tyro.cli(Options, args=arguments, prog="llava-tune evaluate", use_underscores=False)
+    from llava_tune.train.launch import (
+        processes_to_start,
+        rank,
+        relaunch_under_torchrun,
+        set_rank_variables,
+        world_size,
+    )
+
+    if options.launcher == "none" and processes_to_start():
+        relaunch_under_torchrun(["evaluate", *arguments])
+    set_rank_variables(options.launcher, False)
     from llava_tune.evaluate import evaluate
+    from llava_tune.model.generate import Sampling
 
     last = time.monotonic()
 
     def report(done: int, total: int) -> None:
         nonlocal last
-        if time.monotonic() - last > 5:
+        if rank() == 0 and time.monotonic() - last > 5:
             last = time.monotonic()
             print(f"answered {done:,} of {total:,}", file=sys.stderr, flush=True)
 
@@ -64,9 +85,13 @@ def main(arguments: list[str]) -> None:
         swap=options.swap_images,
         benchmark=options.benchmark,
         annotations=options.annotations,
+        sampling=Sampling(options.temperature, options.top_p, options.seed if options.temperature else None),
+        rank=rank(),
+        world_size=world_size(),
         report=report,
     )
-    print_scores(result)
+    if result is not None:
+        print_scores(result)
 
 
 def print_scores(result: Evaluated) -> None:
@@ -86,7 +111,7 @@ def print_scores(result: Evaluated) -> None:
     print(f"best answer by the question alone: {result.question_alone:.1%}")
     if result.swapped is not None:
         print(f"with each image swapped for another: {result.swapped:.1%}")
-    print(f"every answer: {result.answers_file}")
+    _print_files(result)
 
 
 def print_benchmark(result: Evaluated) -> None:
@@ -102,3 +127,9 @@ def print_benchmark(result: Evaluated) -> None:
     Console().print(table)
     if result.swapped is not None:
         print(f"right with each image swapped for another: {result.swapped:.1%}")
+    _print_files(result)
+
+
+def _print_files(result: Evaluated) -> None:
+    path = result.answers_file
+    print(f"every answer: {path}\nthe worst with their images: {path.with_name(f'{path.stem}-worst.html')}")

@@ -29,6 +29,13 @@ VERBS = {
     ),
     "serve": ("serve", "CHECKPOINT|EXPORT [--port N]", "serve it with OpenAI's protocol through transformers serve"),
     "chat": ("chat", "MODEL [--image FILE] [--web]", "talk to a checkpoint, an export or another LLaVA"),
+    "slurm": (
+        "slurm",
+        "CFG --nodes N --gpus-per-node G",
+        "the whole run as a chain of Slurm jobs, requeued and watched",
+    ),
+    "preflight": ("preflight", "CFG [--launcher slurm]", "look at every node before training; name a bad one"),
+    "why": ("why", "WORK_DIR", "why a run failed: the first error, its rank and host"),
     "demo": ("demo", "[--work-dir DIR]", "the whole road on a laptop CPU, in minutes"),
 }
 

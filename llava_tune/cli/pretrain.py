@@ -32,7 +32,7 @@ def main(arguments: list[str], verb: str = "pretrain", description: str = DESCRI
     config, options = parse(Options, _with_bare_resume(arguments), verb, description)
     deepspeed = deepspeed_config(options.deepspeed) if options.deepspeed else None
     from llava_tune.train import accumulation_steps, get_ready, train
-    from llava_tune.train.launch import processes_to_start, relaunch_under_torchrun
+    from llava_tune.train.launch import processes_to_start, relaunch_under_torchrun, was_restarted
 
     if options.launcher == "none" and (processes := processes_to_start()):
         # Before there are ranks: what is wrong is said once, and none of them has to wait.
@@ -43,7 +43,8 @@ def main(arguments: list[str], verb: str = "pretrain", description: str = DESCRI
     run = options.run
     work_dir = run.work_dir or str(Path("work_dirs") / Path(config).stem)
     run = dataclasses.replace(run, work_dir=work_dir)
-    trained = train(run, deepspeed=deepspeed, launcher=options.launcher, resume=options.resume)
+    resume = "latest" if was_restarted() else options.resume
+    trained = train(run, deepspeed=deepspeed, launcher=options.launcher, resume=resume)
     if trained.stopped:
         print(f"stopped for a signal after saving {trained.checkpoint}; --resume goes on", file=sys.stderr, flush=True)
         sys.stdout.flush()

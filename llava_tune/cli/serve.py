@@ -59,8 +59,9 @@ def ready_export(folder: Path, dtype: Literal["bf16", "fp32"]) -> Path:
     Raises:
         InputError: neither a checkpoint nor an export.
     """
-    from llava_tune.model.factory import RUN_CONFIG
+    from llava_tune.model.factory import RUN_CONFIG, checkpoint_folder
 
+    folder = checkpoint_folder(folder)
     if (folder / "config.json").is_file() and not (folder / RUN_CONFIG).is_file():
         return folder.resolve()
     if not (folder / RUN_CONFIG).is_file():

@@ -5,6 +5,7 @@ from llava_tune.config.modified import with_fields, write_modified
 from llava_tune.config.schema import (
     Dataset,
     DataSource,
+    Evaluation,
     LanguageModel,
     Lora,
     Model,
@@ -22,6 +23,7 @@ from llava_tune.config.shipped import copy_config, deepspeed_config, find_config
 __all__ = [
     "DataSource",
     "Dataset",
+    "Evaluation",
     "LanguageModel",
     "Lora",
     "Model",

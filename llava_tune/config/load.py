@@ -19,12 +19,18 @@ def load_run(config: str | Path) -> schema.Run:
     """Read a config file, or a shipped config by its name.
 
     Args:
-        config: path of a Python file that sets `run`, or a name that `llava-tune list-cfg` shows.
+        config: path of a Python file that sets `run`, or of JSON that llava-tune wrote (for Slurm); or a name that `llava-tune list-cfg` shows.
 
     Raises:
         InputError: no such file; it fails to run; it sets no `run`; a field is misspelt, of a wrong type or impossible.
     """
     path = find_config(config)
+    if path.suffix == ".json":
+        try:
+            loaded: schema.Run = schema.from_json(path.read_bytes())
+        except ValueError as error:
+            raise InputError(f"{path}: not a config as llava-tune writes it: {error}") from error
+        return loaded
     try:
         namespace = runpy.run_path(str(path))
     except InputError as error:

@@ -332,6 +332,8 @@ class Training:
     With DeepSpeed: stop."""
     spike_factor: NonNegativeFloat = 0.0
     """A loss above this many times the median of the last 64 is a jump; 0: none is."""
+    hang_timeout: NonNegativeFloat = 1800.0
+    """Seconds without a micro step, a score or a checkpoint after which a rank writes its stacks to crash/ and ends; 0: never."""
     log_ids: bool = False
     """Write the record ids of each step to ids-rank-N.jsonl."""
     report_to: tuple[str, ...] = ()
@@ -353,6 +355,30 @@ class Preview:
 
 
 @_config
+class Evaluation:
+    """Questions with known answers that the model is scored on while it trains; the best checkpoint is kept."""
+
+    every_steps: NonNegativeInt = 0
+    """Optimizer steps between evaluations; one more comes at the end. 0: none."""
+    data_path: str | None = None
+    """Question file: LLaVA JSON or JSONL, exact match; or a benchmark's file (mme: its folder)."""
+    image_folder: str | None = None
+    """Folder that its images' paths start from; None: dataset.image_folder."""
+    benchmark: Literal["vqav2", "textvqa", "gqa", "pope", "mme", "scienceqa", "mmbench", "refcoco"] | None = None
+    """Which public benchmark the file is; None: LLaVA's format."""
+    annotations: str | None = None
+    """vqav2: the file of its answers."""
+    limit: PositiveInt | None = 500
+    """Ask only the first this many; None: all."""
+    batch_size: PositiveInt = 16
+    """Questions that a rank answers at once."""
+    max_new_tokens: PositiveInt = 32
+    """Tokens of an answer at most."""
+    keep_best: bool = True
+    """Save a checkpoint when the score is the best so far, and never remove it (best.json names it)."""
+
+
+@_config
 class Run:
     """All of a run: the model, its data, how it is trained."""
 
@@ -361,6 +387,7 @@ class Run:
     optimizer: Optimizer
     training: Training
     preview: Preview = Preview()
+    evaluation: Evaluation = Evaluation()
     work_dir: str | None = None
     """Folder of checkpoints and logs; None: work_dirs/<name of the config>."""
 
@@ -374,6 +401,8 @@ class Run:
             )
         if self.preview.every_steps and not self.preview.images:
             raise ValueError("preview.every_steps is above 0 but preview.images names no image")
+        if self.evaluation.every_steps and self.evaluation.data_path is None:
+            raise ValueError("evaluation.every_steps is above 0 but evaluation.data_path names no question file")
         model = self.model
         frozen = model.llm.freeze and not model.llm.lora.rank
         if model.vision is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ class Answerer:
     """
 
     def __init__(self, checkpoint: str | Path, dtype: torch.dtype | None = None) -> None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
         if dtype is None:
-            dtype = torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+            dtype = torch.bfloat16 if device != "cpu" and torch.cuda.is_bf16_supported() else torch.float32
         llava, run = load_checkpoint(checkpoint, dtype=dtype)
         self.llava = llava.to(device)
         self.run = run

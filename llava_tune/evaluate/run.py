@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,16 @@ from llava_tune.data.images import BadImage
 from llava_tune.errors import InputError
 from llava_tune.evaluate.answer import Answerer
 from llava_tune.evaluate.benchmarks import BENCHMARKS, DATA_URI, exactly_right, read_benchmark
+from llava_tune.evaluate.journal import Journal
 from llava_tune.evaluate.metrics import Question, accuracy, question_alone_accuracy
+from llava_tune.evaluate.page import write_worst
 from llava_tune.evaluate.questions import read_questions, swap_images
-from llava_tune.model.factory import WEIGHTS
+from llava_tune.model.factory import WEIGHTS, checkpoint_folder
+from llava_tune.model.generate import GREEDY, Sampling
 from llava_tune.paths import write_whole
+
+_PATIENCE = 1800.0
+"""Seconds that rank 0 waits without a new answer of another."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class Evaluated:
         accuracy: (right, asked) of each question type and of 'all'.
         question_alone: share that the best answer by the question's text alone gets.
         swapped: share that the model gets with each image swapped for another, if that was asked for.
-        answers_file: every answer, one JSON object a line.
+        answers_file: every answer, one JSON object a line; beside it -worst.html, the page of the worst.
         scores: of a benchmark, by name, the main one first; else empty.
     """
 
@@ -53,11 +59,15 @@ def evaluate(
     swap: bool = False,
     benchmark: str | None = None,
     annotations: str | Path | None = None,
+    sampling: Sampling = GREEDY,
+    rank: int = 0,
+    world_size: int = 1,
     report: Callable[[int, int], None] | None = None,
-) -> Evaluated:
-    """Answer every question greedily, write the answers, and score them.
+) -> Evaluated | None:
+    """Answer every question, write the answers with a page of the worst, and score them.
 
-    Answers are kept as they come (`Journal`): a run that was killed goes on where it was, and asks nothing twice.
+    Answers are kept as they come (`Journal`): a run that was killed goes on where it was, and asks nothing twice; the next one may have
+    another number of processes.
 
     Args:
         checkpoint: a llava-tune checkpoint.
@@ -67,11 +77,17 @@ def evaluate(
         swap: also answer with each image swapped for another.
         benchmark: which of `BENCHMARKS` the data is; None: LLaVA's format, exact match.
         annotations: the benchmark's answers, where they are a file of their own.
+        sampling: how a token is chosen.
+        rank, world_size: several processes that see the same disk answer a share each; rank 0 waits for the others and scores.
         report: called with (answered, of how many).
+
+    Returns:
+        The scores; None on other ranks than 0.
 
     Raises:
         InputError: wrong checkpoint, questions or images.
     """
+    checkpoint = checkpoint_folder(checkpoint)
     if benchmark is None:
         questions = read_questions(Path(data), limit)
     else:
@@ -91,21 +107,30 @@ def evaluate(
             if report:
                 report(before + done, total)
 
-        return _answer_all(answerer, asked, folder, batch_size, max_new_tokens, journal, count)
+        _answer_share(answerer, asked, folder, batch_size, max_new_tokens, sampling, journal, (rank, world_size), count)
+        if rank:
+            return []
+        journal.wait(len(asked), _PATIENCE, count)
+        return [journal.answers[i] for i in range(len(asked))]
 
-    key = [_identity(Path(checkpoint) / WEIGHTS), _identity(Path(data)), benchmark, limit, max_new_tokens]
-    journal = Journal(path, key)
+    how = [sampling.temperature, sampling.top_p, sampling.seed] if sampling != GREEDY else []
+    key = [_identity(Path(checkpoint) / WEIGHTS), _identity(Path(data)), benchmark, limit, max_new_tokens, *how]
+    journal = Journal(path, key, rank)
+    others = Journal(path.with_name(f"{path.stem}-swapped{path.suffix}"), key, rank) if swap else None
     answers = answer_all(questions, journal, 0)
+    again = answer_all(swap_images(questions, seed=0), others, len(questions)) if others else []
+    if rank:
+        return None
     right = BENCHMARKS[benchmark].right if benchmark else exactly_right
     rights = [right(q, a) for q, a in zip(questions, answers, strict=True)]
     write_whole(path, "".join(_line(q, a, r) for q, a, r in zip(questions, answers, rights, strict=True)))
     swapped = None
-    if swap:
-        others = Journal(path.with_name(f"{path.stem}-swapped{path.suffix}"), key)
-        again = answer_all(swap_images(questions, seed=0), others, len(questions))
+    if others:
         swapped = sum(right(q, a) for q, a in zip(questions, again, strict=True)) / len(questions)
         others.close()
     journal.close()
+    page = path.with_name(f"{path.stem}-worst.html")
+    write_worst(page, f"{checkpoint} on {data}", questions, answers, rights, folder)
     if benchmark is not None:
         scores = BENCHMARKS[benchmark].score(list(zip(questions, answers, strict=True)))
         facts = {
@@ -127,43 +152,6 @@ def _identity(path: Path) -> list[object]:
     return [str(path.resolve()), known.st_size, known.st_mtime_ns]
 
 
-class Journal:
-    """Answers of a run that has not ended, one JSON line each, beside the file that will hold them all.
-
-    Args:
-        path: that file.
-        key: what an earlier run must share for its answers to count.
-    """
-
-    def __init__(self, path: Path, key: Sequence[object]) -> None:
-        self.path = path.with_name(f"{path.name}.unfinished")
-        self.answers: dict[int, str] = {}  # by the question's place: ids may come twice
-        head = json.dumps({"key": key})
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-        if lines[:1] == [head]:
-            for line in lines[1:]:
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    continue  # the line that a kill cut off
-                self.answers[entry["question"]] = entry["answer"]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [json.dumps({"question": i, "answer": a}, ensure_ascii=False) for i, a in self.answers.items()]
-        write_whole(self.path, "".join(f"{line}\n" for line in [head, *kept]))
-
-    def add(self, answers: dict[int, str]) -> None:
-        """Keep some answers, by their questions' places."""
-        self.answers |= answers
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(
-                json.dumps({"question": i, "answer": a}, ensure_ascii=False) + "\n" for i, a in answers.items()
-            )
-
-    def close(self) -> None:
-        """All answers are in their file: remove this one."""
-        self.path.unlink(missing_ok=True)
-
-
 def _line(question: Question, answer: str, right: float) -> str:
     row = {
         "id": question.id,
@@ -181,26 +169,27 @@ def _embedded(question: Question) -> bool:
     return any(image.startswith(DATA_URI) for image in question.images)
 
 
-def _answer_all(
+def _answer_share(
     answerer: Answerer,
     questions: list[Question],
     folder: Path,
     batch_size: int,
     max_new_tokens: int,
+    sampling: Sampling,
     journal: Journal,
+    share: tuple[int, int],
     report: Callable[[int], None],
-) -> list[str]:
-    """Answers in the questions' order; questions of like length are answered together."""
+) -> None:
+    """Answer every share[1]-th question from share[0] on, those of like length together."""
     prompts = [answerer.prompt(q.rounds, q.question) for q in questions]
     order = sorted(range(len(questions)), key=lambda i: (len(prompts[i]), len(questions[i].images)))
-    order = [i for i in order if i not in journal.answers]
+    order = [i for i in order[share[0] :: share[1]] if i not in journal.answers]
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         images = [_load(answerer, folder, questions[i].id, image) for i in batch for image in questions[i].images]
-        found = answerer.answer([prompts[i] for i in batch], images, max_new_tokens)
+        found = answerer.answer([prompts[i] for i in batch], images, max_new_tokens, sampling=sampling)
         journal.add(dict(zip(batch, found, strict=True)))
         report(len(journal.answers))
-    return [journal.answers[i] for i in range(len(questions))]
 
 
 def _load(answerer: Answerer, folder: Path, identity: str, image: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_tune.config import Model, Run, from_json, to_json
+from llava_tune.constants import BEST
 from llava_tune.errors import InputError
 from llava_tune.model.language import add_lora, build_language_model
 from llava_tune.model.llava import Llava
@@ -134,6 +136,18 @@ def load_weights(llava: nn.Module, weights: Mapping[str, Tensor], where: str) ->
                 target.copy_(value)
 
 
+def checkpoint_folder(name: str | Path) -> Path:
+    """The folder that a checkpoint's name means: WORK_DIR/latest, WORK_DIR/best (the latest, where none was found best), or itself."""
+    folder = Path(name)
+    if folder.name not in ("latest", "best") or folder.exists():
+        return folder
+    work_dir = folder.parent
+    if folder.name == "best" and (work_dir / BEST).is_file():
+        return work_dir / str(json.loads((work_dir / BEST).read_bytes())["checkpoint"])
+    found = [p for p in work_dir.glob("checkpoint-*") if p.name[11:].isdigit() and (p / RUN_CONFIG).is_file()]
+    return max(found, key=lambda p: int(p.name[11:]), default=folder)
+
+
 def checkpoint_run(checkpoint: Path) -> Run:
     """The config that a checkpoint was trained with.
 
@@ -171,7 +185,7 @@ def load_checkpoint(checkpoint: str | Path, *, dtype: torch.dtype = torch.float3
     Raises:
         InputError: not a checkpoint, or one that lacks weights.
     """
-    folder = Path(checkpoint)
+    folder = checkpoint_folder(checkpoint)
     run = checkpoint_run(folder)
     llava = build_llava(dataclasses.replace(run.model, init_from=None), dtype=dtype)
     weights = read_weights(folder)

@@ -73,18 +73,21 @@ def generate(
     pixels = None if pixel_values is None else pixel_values.to(device)
     was_training = llava.training
     llava.eval()
+    # While training in bf16, frozen parts are bf16 and trained ones fp32: the products are bf16's, as in training.
+    mixed = len({p.dtype for p in llava.parameters() if p.is_floating_point()}) > 1
     try:
-        out = llava.llm.generate(
-            inputs_embeds=llava.embed(ids.to(device), pixels),
-            attention_mask=mask.to(device),
-            max_new_tokens=max_new_tokens,
-            **sampling.arguments(),
-            eos_token_id=stop_ids,
-            pad_token_id=stop_ids[0],
-            streamer=streamer,
-            synced_gpus=synced,
-            use_cache=True,
-        )
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+            out = llava.llm.generate(
+                inputs_embeds=llava.embed(ids.to(device), pixels),
+                attention_mask=mask.to(device),
+                max_new_tokens=max_new_tokens,
+                **sampling.arguments(),
+                eos_token_id=stop_ids,
+                pad_token_id=stop_ids[0],
+                streamer=streamer,
+                synced_gpus=synced,
+                use_cache=True,
+            )
     finally:
         llava.train(was_training)
     return [_until(row, stop_ids) for row in out.tolist()]

@@ -50,8 +50,8 @@ class Llava(nn.Module):
         embeddings: Tensor = self.llm.get_input_embeddings()(input_ids.masked_fill(is_patch, 0))
         if pixel_values is None or self.vision is None or self.projector is None:
             return embeddings
-        frozen = not any(p.requires_grad for p in self.vision.parameters())
-        with torch.no_grad() if frozen else torch.enable_grad():
+        trained = any(p.requires_grad for p in self.vision.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             features = self.vision(pixel_values.to(next(self.vision.parameters()).dtype))
         projected = self.projector(features).to(embeddings.dtype)
         placeholders = int(is_patch.sum())

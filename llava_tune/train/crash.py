@@ -15,12 +15,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from llava_tune.config import Run, to_json
+from llava_tune.constants import CRASH
 from llava_tune.paths import write_whole
 
-FOLDER = "crash"
 _PACKAGES = (
     "llava-tune",
     "torch",
@@ -44,24 +44,32 @@ def versions() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def crash_bundle(run: Run, work_dir: Path, rank: int, ids: Callable[[], list[str]]) -> Iterator[None]:
+def crash_bundle(run: Run, work_dir: Path, rank: int, ids: Callable[[], list[str]]) -> Iterator[IO[str]]:
     """While the block runs: a rank that fails writes crash/rank-N.json, and one that is told to end writes its stacks.
 
     crash/rank-N.json holds the error with its traceback, the record ids of the batch, the last lines of metrics.jsonl, the config,
     versions, host and time. crash/rank-N.stack holds the stack of every thread, written at a SIGTERM: that of a rank that waited
-    in vain for one that failed. Both go when the run ends well.
+    in vain for one that failed; one that was killed leaves a stack file without stacks (`cluster/failure.py` reads all this). Both go
+    when the run ends well.
 
     Args:
         ids: gives the ids of the records that are being worked on.
+
+    Yields:
+        the open stack file, for `Heartbeat`.
     """
-    folder = work_dir / FOLDER
+    folder = work_dir / CRASH
     folder.mkdir(parents=True, exist_ok=True)
     stack, report = folder / f"rank-{rank:05d}.stack", folder / f"rank-{rank:05d}.json"
     report.unlink(missing_ok=True)
     with stack.open("w") as file:
+        file.write(
+            f"rank {rank} on {socket.gethostname()}, process {os.getpid()}\n"
+        )  # alone in the file of one that was killed
+        file.flush()
         faulthandler.register(signal.SIGTERM, file=file, all_threads=True, chain=True)
         try:
-            yield
+            yield file
         except Exception as error:
             faulthandler.dump_traceback(file, all_threads=True)
             with contextlib.suppress(OSError):  # the error itself must come through, on a full disk too

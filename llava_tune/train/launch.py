@@ -36,7 +36,8 @@ def processes_to_start() -> int:
 def relaunch_under_torchrun(arguments: list[str]) -> None:
     """Become torchrun with the processes that NPROC_PER_NODE asks for.
 
-    NNODES, NODE_RANK, ADDR and PORT mean what torchrun's --nnodes, --node-rank, --master-addr and --master-port mean.
+    NNODES, NODE_RANK, ADDR, PORT and MAX_RESTARTS mean what torchrun's --nnodes, --node-rank, --master-addr, --master-port and
+    --max-restarts mean. With MAX_RESTARTS the nodes meet at ADDR:PORT (c10d) each time anew.
     """
     count = os.environ["NPROC_PER_NODE"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", count]
@@ -44,7 +45,11 @@ def relaunch_under_torchrun(arguments: list[str]) -> None:
     given = [
         part for variable, flag in options.items() if (value := os.environ.get(variable)) for part in (flag, value)
     ]
-    if not given:
+    if restarts := os.environ.get("MAX_RESTARTS"):
+        meeting = f"{os.environ.get('ADDR', 'localhost')}:{os.environ.get('PORT', '0')}"
+        given = ["--max-restarts", restarts, "--rdzv-backend", "c10d", "--rdzv-endpoint", meeting]
+        given += ["--nnodes", os.environ.get("NNODES", "1")]
+    elif not given:
         given = ["--standalone"]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(1, int(count)))))
     os.execv(sys.executable, [*command, *given, "-m", "llava_tune.cli.main", *arguments])
@@ -112,6 +117,11 @@ def _scontrol(*arguments: str) -> str:
         raise InputError(
             f"--launcher slurm: scontrol {' '.join(arguments)} failed ({error}). Set MASTER_ADDR yourself"
         ) from error
+
+
+def was_restarted() -> bool:
+    """Whether torchrun started the processes again after one of them failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
 
 
 def rank() -> int:

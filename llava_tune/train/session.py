@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ import torch
 import transformers
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
-from llava_tune.config import Run
+from llava_tune.config import Run, to_json
+from llava_tune.constants import FINISHED
 from llava_tune.data import ImageTransform, LlavaDataset
 from llava_tune.data.batch import IdCollator
 from llava_tune.data.images import image_transform
@@ -27,9 +29,12 @@ from llava_tune.model.factory import build_llava
 from llava_tune.model.flops import step_flops
 from llava_tune.model.llava import Llava
 from llava_tune.model.tokens import image_tokens
+from llava_tune.paths import write_whole
 from llava_tune.train.checkpoint import barrier, check_resume, checkpoints, clear_staging, find_resume, step_of, verify
 from llava_tune.train.crash import crash_bundle
 from llava_tune.train.data import is_foreign
+from llava_tune.train.evaluating import EvaluationCallback
+from llava_tune.train.heartbeat import Heartbeat
 from llava_tune.train.launch import collective_timeout, rank, world_size
 from llava_tune.train.preview import PreviewCallback
 from llava_tune.train.stopping import StopOnSignal
@@ -120,12 +125,17 @@ def run_session(
     trainer.add_callback(stop)
     if main:
         _announce(run, llava, dataset, order, work_dir, checkpoint)
-    with crash_bundle(run, work_dir, rank(), lambda: trainer.ids):
+    with crash_bundle(run, work_dir, rank(), lambda: trainer.ids) as stacks:
+        trainer.add_callback(Heartbeat(run.training.hang_timeout, stacks))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if main:
-        _finish(dataset, work_dir)
     last = checkpoints(work_dir)[-1]
-    return Trained(work_dir, last, order.total_steps, stop.stopped and step_of(last) < order.total_steps)
+    stopped = stop.stopped and step_of(last) < order.total_steps
+    if main:
+        if not stopped:
+            facts = {"checkpoint": last.name, "steps": order.total_steps, "run": json.loads(to_json(run))}
+            write_whole(work_dir / FINISHED, json.dumps(facts, indent=1))
+        _finish(dataset, work_dir)
+    return Trained(work_dir, last, order.total_steps, stopped)
 
 
 def _dataset(run: Run, store: Path, transform: ImageTransform, work_dir: Path) -> LlavaDataset:
@@ -188,6 +198,12 @@ def _trainer(
     if run.preview.every_steps:
         layout = Layout(make_layout(run)[0])
         callbacks.append(PreviewCallback(run.preview, layout, tokenizer, transform, work_dir, main))
+    scoring = None
+    if run.evaluation.every_steps:
+        layout = Layout(make_layout(run)[0])
+        scoring = EvaluationCallback(run, layout, tokenizer, transform, work_dir, rank(), world_size())
+        scoring.go_on_from(start_step)
+        callbacks.append(scoring)
     trainer = LlavaTrainer(
         run=run,
         model=llava,
@@ -198,6 +214,7 @@ def _trainer(
         order=order,
         data_fingerprint=fingerprint,
         telemetry=telemetry,
+        scoring=scoring,
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)

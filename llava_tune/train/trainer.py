@@ -30,6 +30,7 @@ from llava_tune.train.checkpoint import (
     no_space,
     write_file_list,
 )
+from llava_tune.train.evaluating import EvaluationCallback
 from llava_tune.train.guard import Guard, read_losses
 from llava_tune.train.optimizer import build_optimizer
 from llava_tune.train.telemetry import Telemetry, read_metrics
@@ -56,6 +57,7 @@ class LlavaTrainer(Trainer):
         order: this rank's micro batches for the whole run.
         data_fingerprint: what identifies the data, kept in each checkpoint.
         telemetry: measures, and writes what was measured.
+        scoring: among the callbacks; its best checkpoint is never removed.
         Others: see transformers.Trainer.
     """
 
@@ -69,6 +71,7 @@ class LlavaTrainer(Trainer):
         order: BatchOrder,
         data_fingerprint: dict[str, Any],
         telemetry: Telemetry,
+        scoring: EvaluationCallback | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(train_dataset=dataset, data_collator=collator, **kwargs)
@@ -78,6 +81,9 @@ class LlavaTrainer(Trainer):
         self.data_fingerprint = data_fingerprint
         self.work_dir = Path(str(kwargs["args"].output_dir))
         self.telemetry = telemetry
+        self.scoring = scoring
+        if scoring is not None:
+            scoring.trainer = self
         self.ids: list[str] = []
         self._guard: Guard | None = None
         self._step_loss = torch.zeros((), device=self.args.device)
@@ -219,7 +225,8 @@ class LlavaTrainer(Trainer):
             sync_tree(staged)
             staged.rename(final)
             sync(work_dir)
-            rotate_checkpoints(str(work_dir), save_total_limit=self.args.save_total_limit)
+            best = str(self.scoring.best[1]) if self.scoring is not None and self.scoring.best is not None else None
+            rotate_checkpoints(str(work_dir), self.args.save_total_limit, best_model_checkpoint=best)
         barrier()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

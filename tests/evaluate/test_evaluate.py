@@ -130,7 +130,62 @@ def test_chat_answers_and_takes_images(small: Small, checkpoint: Path, tmp_path:
     assert "/nowhere.png: no such file" in done.stdout
     saved = (tmp_path / "s").read_text()
     assert saved.count("you: ") == 2
-    assert saved.startswith("you: <image>\nDescribe the image.\nmodel: ")
+    assert saved.startswith(f"image: {small.images / '00000.png'}\nyou: Describe the image.\nmodel: ")
+
+
+def test_chat_takes_dropped_files_and_system_texts(small: Small, checkpoint: Path, tmp_path: Path) -> None:
+    spaced = tmp_path / "a picture.png"
+    spaced.write_bytes((small.images / "00000.png").read_bytes())
+    lines = (
+        f"'{spaced}' {small.images / '00001.png'} What differs?\n/system Be brief.\nAnd now?\n/save {tmp_path / 's'}\n"
+    )
+    command = [sys.executable, "-m", "llava_tune.cli.main", "chat", str(checkpoint), "--max-new-tokens", "4"]
+    done = subprocess.run([*command, "--temperature", "1", "--seed", "3"], input=lines, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("goes with your next message") == 2
+    saved = (tmp_path / "s").read_text().splitlines()
+    assert saved[:4] == [
+        "system: Be brief.",
+        f"image: {spaced}",
+        f"image: {small.images / '00001.png'}",
+        "you: What differs?",
+    ]
+    again = subprocess.run([*command, "--temperature", "1", "--seed", "3"], input=lines, capture_output=True, text=True)
+    assert again.stdout == done.stdout
+
+
+def test_two_processes_give_the_answers_of_one_and_a_page_of_the_worst(
+    small: Small, checkpoint: Path, cli: Callable[..., Finished], tmp_path: Path
+) -> None:
+    records = json.loads(small.captions.read_text())[:7]
+    data = tmp_path / "q.json"
+    data.write_text(json.dumps(records))
+    arguments = ["evaluate", checkpoint, "--data", data, "--image-folder", small.images, "--max-new-tokens", "6"]
+    one = cli(*arguments, "--output", tmp_path / "one.jsonl", "--swap-images", "--batch-size", "2")
+    two = cli(
+        *arguments,
+        "--output",
+        tmp_path / "two.jsonl",
+        "--swap-images",
+        "--batch-size",
+        "3",
+        env={"NPROC_PER_NODE": "2"},
+    )
+    assert one.code == two.code == 0, two.err
+    assert (tmp_path / "one.jsonl").read_text() == (tmp_path / "two.jsonl").read_text()
+    assert one.out.splitlines()[-4] == two.out.splitlines()[-4] and "swapped for another" in one.out.splitlines()[-3]
+    assert two.out.count("accuracy (exact match)") == 1
+    assert not list(tmp_path.glob("*.unfinished*"))
+    page = (tmp_path / "two-worst.html").read_text()
+    assert page.count("<article") == 7 and page.count('src="data:image/jpeg;base64,') == 7
+    assert "0 of 7 answers are right" in page and records[0]["conversations"][1]["value"] in page
+    drawn = [
+        cli(*arguments, "--output", tmp_path / f"{k}.jsonl", "--temperature", "2", "--seed", "5") for k in range(2)
+    ]
+    assert all(d.code == 0 for d in drawn)
+    assert (
+        (tmp_path / "0.jsonl").read_text() == (tmp_path / "1.jsonl").read_text() != (tmp_path / "one.jsonl").read_text()
+    )
 
 
 def test_wrong_inputs(small: Small, checkpoint: Path, cli: Callable[..., Finished]) -> None:
@@ -161,7 +216,7 @@ def test_kill_9_asks_no_question_twice(
     arguments = ["evaluate", checkpoint, "--data", data, "--image-folder", small.images, "--benchmark", "pope"]
     arguments += ["--batch-size", "1", "--max-new-tokens", "40", "--output", output]
     process = subprocess.Popen([sys.executable, "-m", "llava_tune.cli.main", *map(str, arguments)], env={**os.environ})
-    journal = tmp_path / "answers.jsonl.unfinished"
+    journal = tmp_path / "answers.jsonl.unfinished-0"
     deadline = time.monotonic() + 120
     while not journal.is_file() or len(journal.read_text().splitlines()) < 6:
         assert time.monotonic() < deadline and process.poll() is None

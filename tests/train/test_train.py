@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from llava_tune.config import Evaluation, load_run, with_fields
 from tests.conftest import Finished, Small, losses, wrong_input
 
 pytestmark = pytest.mark.timeout(400)
@@ -188,11 +189,73 @@ def test_ranks_with_images_and_ranks_with_text_only(
     data = mixed_data(small, tmp_path / "mixed.json")
     arguments = ["pretrain", small.config, "--dataset.data-path", data, "--training.global-batch-size", "2"]
     arguments += ["--training.micro-batch-size", "1", "--training.max-steps", "8"]
+    # Three questions for two ranks, with an image and without, while training: no rank may wait for another in vain.
+    (tmp_path / "q.json").write_text(json.dumps(json.loads(data.read_text())[:3]))
+    arguments += ["--evaluation.every-steps", "5", "--evaluation.data-path", tmp_path / "q.json"]
+    arguments += ["--evaluation.max-new-tokens", "4", "--evaluation.batch-size", "1"]
     one = cli(*arguments, "--work-dir", tmp_path / "one")
     assert one.code == 0, one.err
     two = cli(*arguments, "--work-dir", tmp_path / "two", *deepspeed, env={"NPROC_PER_NODE": "2"}, timeout=120)
     assert two.code == 0, two.err
     close(losses(tmp_path / "two"), losses(tmp_path / "one"), 1e-4)
+    scores = [json.loads(line) for line in (tmp_path / "two/evaluation.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["questions"]) for row in scores] == [(5, 3), (8, 3)]
+    best = json.loads((tmp_path / "two/best.json").read_text())
+    assert best["checkpoint"] == "checkpoint-5" and (tmp_path / "two/checkpoint-5").is_dir()
+
+
+def test_the_best_checkpoint_is_kept(
+    small: Small, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores are set by hand (0.9, 0.1, 0.5): the best is neither the last nor among those that save_total_limit keeps."""
+    questions = tmp_path / "q.json"
+    questions.write_text(json.dumps(json.loads((small.folder / "data/test.json").read_text())[:3]))
+    run = with_fields(
+        load_run(small.config),
+        {
+            "work_dir": str(tmp_path / "run"),
+            "dataset.offline_processed_text_folder": str(store),
+            "training.save_steps": 2,
+            "training.save_total_limit": 1,
+            "training.max_steps": 6,
+            "evaluation": Evaluation(every_steps=2, data_path=str(questions)),
+        },
+    )
+    from llava_tune.train import evaluating, train
+
+    scores = iter([0.9, 0.1, 0.5])
+    monkeypatch.setattr(evaluating.EvaluationCallback, "_score", lambda self, answers: {"accuracy": next(scores)})
+    train(run)
+    kept = sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*"))
+    assert kept == ["checkpoint-2", "checkpoint-6"]
+    assert json.loads((tmp_path / "run/best.json").read_text()) == {
+        "checkpoint": "checkpoint-2",
+        "step": 2,
+        "score": 0.9,
+    }
+    rows = [json.loads(line) for line in (tmp_path / "run/evaluation.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["best"]) for r in rows] == [(2, True), (4, False), (6, False)]
+
+
+def test_evaluation_in_bf16_has_the_answers_of_the_checkpoint(
+    small: Small, store: Path, cli: Callable[..., Finished], tmp_path: Path
+) -> None:
+    questions = small.folder / "data/train.json"
+    more = ["--evaluation.every-steps", "4", "--evaluation.data-path", questions, "--evaluation.limit", "8"]
+    done = cli(
+        "pretrain", small.config, "--work-dir", tmp_path / "r", *offline(store), "--training.max-steps", "4",
+        "--training.precision", "bf16", "--model.vision.freeze", *more,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    row = json.loads((tmp_path / "r/evaluation.jsonl").read_text())
+    found = cli(
+        "evaluate", tmp_path / "r/checkpoint-4", "--data", questions, "--image-folder", small.images, "--limit", "8"
+    )
+    assert found.code == 0, found.err
+    answers = [
+        json.loads(line)["correct"] for line in (tmp_path / "r/checkpoint-4/answers.jsonl").read_text().splitlines()
+    ]
+    assert row["scores"]["accuracy"] == sum(answers) / 8
 
 
 def test_finetuning_starts_from_a_checkpoint_and_adds_lora(
