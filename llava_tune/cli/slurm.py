@@ -38,6 +38,8 @@ class Options:
     """Formats that the trained model is exported to; empty: none."""
     requeue: bool = True
     """Queue training again when it was stopped after saving."""
+    retries: int = 0
+    """Times that training is queued again after it failed (a node that died), from its last checkpoint."""
     stage: str | None = None
     """Copy the prepared data and the images to this folder on each node's own disk before training."""
     partition: str | None = None
@@ -112,6 +114,7 @@ def _job(run: Run, options: Options, config: str, work_dir: Path) -> Job:
         deepspeed=options.deepspeed,
         prepare_tasks=options.prepare_tasks,
         requeue=options.requeue,
+        retries=options.retries,
         stage=options.stage,
         image_folder=next(iter(folders)),
         formats=options.export,

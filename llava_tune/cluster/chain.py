@@ -97,6 +97,8 @@ def write_scripts(run: Run, job: Job, chain: list[Stage]) -> None:
     for stage in chain:
         if not stage.done and stage.job_id is None:
             write_whole(job.folder() / f"{stage.name}.sbatch", stage.text)
+            if stage.name == "train":
+                (job.folder() / script.FAILURES).unlink(missing_ok=True)
 
 
 def submit(job: Job, chain: list[Stage]) -> list[Stage]:

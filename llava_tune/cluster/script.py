@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_tune.cluster.site import Site
-from llava_tune.errors import EXIT_REQUEUE
+from llava_tune.errors import EXIT_BAD_INPUT, EXIT_REQUEUE
+
+FAILURES = "failures"
+"""In the folder of the scripts: how often training failed since the chain was submitted."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Job:
         deepspeed: a preset or file, or None.
         prepare_tasks: tasks of the array that prepares.
         requeue: training that is told to stop saves and queues itself again.
+        retries: how often training that failed is queued again.
         stage: a folder on each node's own disk that the store and the images are copied to before training; None: they aren't.
         image_folder: what is copied then, or None.
         formats: that the trained model is exported to.
@@ -42,6 +46,7 @@ class Job:
     deepspeed: str | None
     prepare_tasks: int
     requeue: bool
+    retries: int
     stage: str | None
     image_folder: str | None
     formats: tuple[str, ...]
@@ -109,7 +114,7 @@ def train_script(job: Job, site: Site) -> str:
     lines = [
         *_gpus(job, job.nodes),
         f"--cpus-per-task={site.cpus_per_task}",
-        *(["--requeue"] if job.requeue else ["--no-requeue"]),
+        *(["--requeue"] if job.requeue or job.retries else ["--no-requeue"]),
         f"--signal=USR1@{site.signal_seconds}",
     ]
     overrides = ["--dataset.offline-processed-text-folder", str(job.store)]
@@ -130,6 +135,7 @@ def train_script(job: Job, site: Site) -> str:
         overrides += ["--dataset.image-folder", f"{target}/images"] if job.image_folder else []
     arguments = [job.config, "--work-dir", job.work_dir, *overrides, "--launcher", "slurm"]
     deepspeed = ["--deepspeed", job.deepspeed] if job.deepspeed else []
+    failures = shlex.quote(str(job.folder() / FAILURES))
     return "\n".join(
         [
             *_head(job, site, "train", lines),
@@ -140,18 +146,27 @@ def train_script(job: Job, site: Site) -> str:
             "# --kill-on-bad-exit: when a rank dies, the others end",
             f"{_srun(site, '--kill-on-bad-exit=1')} {_ours(site, job.verb, *arguments, '--resume', *deepspeed)}",
             "code=$?",
-            f"if [ $code -eq {EXIT_REQUEUE} ] && scontrol show job $SLURM_JOB_ID | grep -q JobState=RUNNING; then",
+            "again=",
+            f"if [ $code -eq {EXIT_REQUEUE} ]; then",
             *(
-                [
-                    '    echo "saved; queued again: it goes on from there"',
-                    "    scontrol requeue $SLURM_JOB_ID",
-                    "    sleep 60  # until Slurm ends this script",
-                ]
+                ["    again=saved"]
                 if job.requeue
                 else ['    echo "stopped after saving; submit the chain again to go on"']
             ),
+            "elif [ $code -ne 0 ]; then",
+            f"    {_ours(site, 'why', job.work_dir)}",
+            f"    failures=$(cat {failures} 2>/dev/null || echo 0)",
+            f"    if [ $code -ne {EXIT_BAD_INPUT} ] && [ $failures -lt {job.retries} ]; then",
+            f"        echo $((failures + 1)) > {failures}",
+            "        again=failed",
+            "    fi",
             "fi",
-            f"[ $code -eq 0 ] || {_ours(site, 'why', job.work_dir)}",
+            "# not after scancel",
+            'if [ -n "$again" ] && scontrol show job $SLURM_JOB_ID | grep -q JobState=RUNNING; then',
+            '    echo "$again; queued again: it goes on from the last checkpoint"',
+            "    scontrol requeue $SLURM_JOB_ID",
+            "    sleep 60  # until Slurm ends this script",
+            "fi",
             "exit $code",
             "",
         ]

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Literal
 
-from llava_tune.errors import InputError, missing_package
+from llava_tune.errors import InputError, SharedInputError, missing_package
 
 Launcher = Literal["none", "torchrun", "slurm"]
 
@@ -91,10 +91,37 @@ def _from_slurm() -> None:
         )
     env = os.environ
     env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
-    env.setdefault("LOCAL_WORLD_SIZE", env.get("SLURM_NTASKS_PER_NODE", "1"))
+    env.setdefault("LOCAL_WORLD_SIZE", str(_tasks_here()))
     env.setdefault("MASTER_ADDR", _slurm_master())
     env.setdefault(
         "MASTER_PORT", str(20000 + (int(env["SLURM_JOB_ID"]) * 7 + int(env.get("SLURM_STEP_ID", "0"))) % 20000)
+    )
+
+
+def _tasks_here() -> int:
+    """Tasks of the step on this node, from a list such as 2(x3),1 of all its nodes."""
+    text = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_NTASKS_PER_NODE") or "1"
+    counts: list[int] = []
+    for part in text.split(","):
+        count, _, times = part.rstrip(")").partition("(x")
+        counts += [int(count)] * int(times or 1)
+    node = int(os.environ.get("SLURM_NODEID", "0"))
+    return counts[node] if node < len(counts) else counts[0]
+
+
+def own_device(local_rank: int, ranks_here: int, devices: int) -> int:
+    """Which of the GPUs that it sees a rank takes.
+
+    Raises:
+        InputError: there are more ranks on the node than GPUs.
+    """
+    if devices >= ranks_here:
+        return local_rank
+    if devices == 1 and any(f"SLURM_{name}" in os.environ for name in ("GPUS_PER_TASK", "GPU_BIND", "TRES_PER_TASK")):
+        return 0  # Slurm shows each task its own
+    raise SharedInputError(
+        f"{ranks_here} ranks on a node that shows {devices} GPU(s): each rank needs its own. Start as many tasks as GPUs: "
+        "srun --ntasks-per-node=GPUS --gpus-per-node=GPUS, or NPROC_PER_NODE=GPUS"
     )
 
 
@@ -151,7 +178,10 @@ def process_group(deepspeed: bool) -> Iterator[None]:
 
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        device = own_device(int(os.environ.get("LOCAL_RANK", "0")), ranks_here, torch.cuda.device_count())
+        os.environ["LOCAL_RANK"] = str(device)  # the Trainer and DeepSpeed look there
+        torch.cuda.set_device(device)
     there_before = torch.distributed.is_initialized()
     if deepspeed:
         _require_deepspeed()
