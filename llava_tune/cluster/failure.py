@@ -17,6 +17,10 @@ _FOLLOWING = re.compile(
     re.IGNORECASE,
 )
 """What a rank says that lost another one."""
+_IN_COLLECTIVE = re.compile(
+    r"torch/distributed/|nn/parallel/distributed|_engine_run_backward|deepspeed/comm|synchronize|accelerate/utils/operations"
+)
+"""Where a rank is that waits for the others."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Left:
     @property
     def follows(self) -> bool:
         """Whether it looks like the consequence of another rank's end."""
+        if self.kind == "hung":
+            return bool(_IN_COLLECTIVE.search(_main_thread(self.traceback)))
         return self.kind == "ended" or (self.kind == "error" and bool(_FOLLOWING.search(self.error)))
 
 
@@ -92,6 +98,12 @@ def explain(work_dir: Path) -> str | None:
     return "\n".join(lines)
 
 
+def _main_thread(stacks: str) -> str:
+    """Of all threads' stacks, that of the one that trains."""
+    threads = stacks.split("\n\n")
+    return next((t for t in threads if "llava_tune" in t), threads[-1])
+
+
 def _ranks(ranks: list[int]) -> str:
     shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
     return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
@@ -101,9 +113,7 @@ def _places(ranks: list[Left]) -> list[str]:
     """Of each rank's main thread, where it was; ranks at the same place in one line, the fewest first."""
     places: dict[str, list[int]] = {}
     for left in ranks:
-        threads = left.traceback.split("\n\n")
-        main = next((t for t in threads if t.lstrip().startswith("Current thread") or "llava_tune" in t), threads[-1])
-        frames = re.findall(r'File "([^"]+)", line (\d+) in (\S+)', main)
+        frames = re.findall(r'File "([^"]+)", line (\d+) in (\S+)', _main_thread(left.traceback))
         ours = [frame for frame in frames if "llava_tune" in frame[0]]
         named = [f"{Path(f).name}:{n} {what}" for f, n, what in [*frames[:1], *ours[:1]]]
         places.setdefault(" < ".join(named) or "unknown", []).append(left.rank)

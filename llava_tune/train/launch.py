@@ -183,18 +183,31 @@ def process_group(deepspeed: bool) -> Iterator[None]:
         os.environ["LOCAL_RANK"] = str(device)  # the Trainer and DeepSpeed look there
         torch.cuda.set_device(device)
     there_before = torch.distributed.is_initialized()
+    if was_restarted() and not there_before:
+        _meet_again("nccl" if on_gpu else "gloo")
     if deepspeed:
         _require_deepspeed()
         import deepspeed as ds
 
         # Before TrainingArguments: ZeRO-3 partitions weights while they load, and needs the group for that.
         ds.init_distributed(dist_backend="nccl" if on_gpu else "gloo", timeout=collective_timeout(), verbose=False)
-    elif world_size() > 1 and not there_before:
+    elif world_size() > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=collective_timeout())
     yield
     if torch.distributed.is_initialized() and not there_before:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def _meet_again(backend: str) -> None:
+    """Make the process group after a restart of torchrun's, under keys of its own in the agent's store: PyTorch 2.14 finds the addresses
+    there of processes that have ended ("connection refused")."""
+    from torch.distributed import PrefixStore, TCPStore, init_process_group
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    agent = TCPStore(address, port, is_master=False, timeout=collective_timeout())
+    store = PrefixStore(f"llava_tune/restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}", agent)
+    init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=collective_timeout())
 
 
 def _require_deepspeed() -> None:
