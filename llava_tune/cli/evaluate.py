@@ -5,9 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
+
+from llava_tune.errors import InputError
 
 if TYPE_CHECKING:
     from llava_tune.evaluate import Evaluated
@@ -21,8 +24,8 @@ class Options:
 
     checkpoint: tyro.conf.Positional[str]
     """Folder of a checkpoint, such as work_dirs/NAME/checkpoint-100."""
-    data: str
-    """Question file: LLaVA JSON or JSONL; or a benchmark's file (mme: its folder)."""
+    data: str | None = None
+    """Question file (needed without --harness): LLaVA JSON or JSONL; or a benchmark's file (mme: its folder)."""
     image_folder: str | None = None
     """Folder that the images' paths start from."""
     benchmark: Literal["vqav2", "textvqa", "gqa", "pope", "mme", "scienceqa", "mmbench", "refcoco"] | None = None
@@ -45,6 +48,12 @@ class Options:
     """Of drawn answers; they are the same again with the same batches."""
     launcher: Literal["none", "torchrun", "slurm"] = "none"
     """Who started this process. NPROC_PER_NODE=N starts N through torchrun by itself."""
+    harness: Literal["lmms-eval"] | None = None
+    """Export the checkpoint to CHECKPOINT/hf, if that is not there, and run it in lmms-eval instead."""
+    tasks: str | None = None
+    """With --harness: its tasks, such as mmbench_en_dev,pope."""
+    harness_args: str = ""
+    """With --harness: more of its own arguments, as on its command line."""
     swap_images: bool = False
     """Also ask with each image swapped for another: shows what the model answers without looking."""
 
@@ -76,7 +85,7 @@ def main(arguments: list[str]) -> None:
 
     result = evaluate(
         options.checkpoint,
-        options.data,
+        data,
         options.image_folder,
         output=options.output,
         batch_size=options.batch_size,
@@ -92,6 +101,37 @@ def main(arguments: list[str]) -> None:
     )
     if result is not None:
         print_scores(result)
+
+
+def _run_harness(options: Options) -> None:
+    """Become lmms-eval on the exported model."""
+    import importlib.util
+    import os
+    import shlex
+
+    if options.tasks is None:
+        raise InputError("--harness lmms-eval needs --tasks NAMES, such as mmbench_en_dev,pope")
+    if importlib.util.find_spec("lmms_eval") is None:
+        raise InputError(
+            "--harness lmms-eval needs the package lmms_eval, which is not installed. Run: pip install lmms-eval"
+        )
+    from llava_tune.cli.serve import ready_export
+
+    folder = ready_export(Path(options.checkpoint), None)
+    output = options.output or str(folder.parent / "lmms-eval")
+    command = [sys.executable, "-m", "lmms_eval", "--model", "llava_hf", "--model_args", f"pretrained={folder}"]
+    command += [
+        "--tasks",
+        options.tasks,
+        "--batch_size",
+        str(options.batch_size),
+        "--output_path",
+        output,
+        "--log_samples",
+    ]
+    command += [*(["--limit", str(options.limit)] if options.limit else []), *shlex.split(options.harness_args)]
+    print(f"$ {shlex.join(command)}", file=sys.stderr, flush=True)
+    os.execv(sys.executable, command)
 
 
 def print_scores(result: Evaluated) -> None:

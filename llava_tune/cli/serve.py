@@ -21,15 +21,15 @@ class Options:
     URL or data URI); or print the command of another server."""
 
     model: tyro.conf.Positional[str]
-    """Folder of a checkpoint, which is exported to CHECKPOINT/hf first if that is not there; or of an export."""
+    """Folder of a checkpoint, which is exported to CHECKPOINT/hf (llama.cpp: CHECKPOINT/gguf) first if that is not there; or of an export."""
     host: str = "localhost"
     """Address to listen on."""
     port: int = 8000
     """Port to listen on."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """Of the export, if one is made."""
-    server: Literal["transformers", "vllm"] = "transformers"
-    """transformers starts here; of vllm the command is printed."""
+    dtype: Literal["bf16", "fp32", "fp16", "q8_0"] | None = None
+    """Of the export, if one is made; unset: the format's default."""
+    server: Literal["transformers", "vllm", "llama.cpp"] = "transformers"
+    """transformers starts here; of the others the command is printed."""
 
 
 def main(arguments: list[str]) -> None:
@@ -39,11 +39,23 @@ def main(arguments: list[str]) -> None:
         for package in ("fastapi", "uvicorn"):
             if importlib.util.find_spec(package) is None:
                 raise missing_package(package, "serve", "serve")
+    address = ["--host", options.host, "--port", str(options.port)]
+    if options.server == "llama.cpp":
+        print(
+            shlex.join(
+                [
+                    "llama-server",
+                    *_gguf_files(ready_export(Path(options.model), options.dtype, "gguf")),
+                    "--jinja",
+                    *address,
+                ]
+            )
+        )
+        return
     folder = ready_export(Path(options.model), options.dtype)
     if options.server == "vllm":
-        print(shlex.join(["vllm", "serve", str(folder), "--host", options.host, "--port", str(options.port)]))
+        print(shlex.join(["vllm", "serve", str(folder), *address]))
         return
-    address = ["--host", options.host, "--port", str(options.port)]
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), *address]
     print(
         f"model {folder} at http://{options.host}:{options.port}/v1\n$ {shlex.join(command)}",
@@ -53,25 +65,31 @@ def main(arguments: list[str]) -> None:
     os.execv(sys.executable, command)
 
 
-def ready_export(folder: Path, dtype: Literal["bf16", "fp32"]) -> Path:
-    """The folder itself if it is an export, else CHECKPOINT/hf, exported now if it is not there.
+def _gguf_files(folder: Path) -> list[str]:
+    model, vision = next(folder.glob("model-*.gguf")), next(folder.glob("mmproj-*.gguf"), None)
+    return ["-m", str(model), *(["--mmproj", str(vision)] if vision else [])]
+
+
+def ready_export(folder: Path, dtype: str | None, kind: str = "hf") -> Path:
+    """The folder itself if it is an export of that kind, else CHECKPOINT/KIND, exported now if it is not there.
 
     Raises:
-        InputError: neither a checkpoint nor an export.
+        InputError: neither a checkpoint nor such an export.
     """
     from llava_tune.model.factory import RUN_CONFIG, checkpoint_folder
 
     folder = checkpoint_folder(folder)
-    if (folder / "config.json").is_file() and not (folder / RUN_CONFIG).is_file():
-        return folder.resolve()
+    marks = {"hf": "config.json", "gguf": "model-*.gguf"}
     if not (folder / RUN_CONFIG).is_file():
+        if next(folder.glob(marks[kind]), None) is not None:
+            return folder.resolve()
         raise InputError(
-            f"{folder}: neither a checkpoint of llava-tune (no {RUN_CONFIG}) nor an export (no config.json)"
+            f"{folder}: neither a checkpoint of llava-tune (no {RUN_CONFIG}) nor an export of format {kind} (no {marks[kind]})"
         )
-    target = folder / "hf"
+    target = folder / kind
     if not target.is_dir():
         from llava_tune.export.run import export
 
         print(f"exporting {folder} to {target}", file=sys.stderr, flush=True)
-        export(folder, target, dtype=dtype)
+        export(folder, target, format=kind, dtype=dtype)
     return target.resolve()
