@@ -61,6 +61,12 @@ class Options:
 def main(arguments: list[str]) -> None:
     """Evaluate and print the scores."""
     options = tyro.cli(Options, args=arguments, prog="llava-tune evaluate", use_underscores=False)
+    if options.harness is not None:
+        _run_harness(options)
+        return
+    data = options.data
+    if data is None:
+        raise InputError("evaluate needs --data FILE: the questions (or --harness lmms-eval --tasks NAMES)")
     from llava_tune.train.launch import (
         processes_to_start,
         rank,

@@ -124,9 +124,9 @@ def training_memory(
 ) -> Memory:
     """What a training step takes on each device.
 
-    Without DeepSpeed, and in fp32, trained weights, their gradients and AdamW's two moments are fp32; with DeepSpeed in bf16, weights and
-    gradients are bf16, and the optimizer has an fp32 copy beside its moments. ZeRO-1 divides the optimizer's part by the ranks, ZeRO-2 the
-    gradients too, ZeRO-3 the weights too (arXiv:1910.02054).
+    Trained weights, their gradients and AdamW's two moments are fp32; with DeepSpeed in bf16, weights and gradients are bf16, and with
+    DeepSpeed in any precision the optimizer has an fp32 copy of the weights beside its moments. ZeRO-1 divides the optimizer's part by
+    the ranks, ZeRO-2 the gradients too, ZeRO-3 the weights too (arXiv:1910.02054).
 
     Args:
         rows, length: of a micro batch.
@@ -138,7 +138,7 @@ def training_memory(
     llava = on_meta(model)
     frozen_bytes = 2.0 if bf16 else 4.0
     low = bf16 and zero_stage > 0
-    trained_bytes, moments = (2, 12) if low else (4, 8)
+    trained_bytes, moments = 2 if low else 4, 12 if zero_stage else 8
     trained = weights = 0
     for name, parameter in llava.named_parameters():
         count = parameter.numel()

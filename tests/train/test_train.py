@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from llava_tune.config import Evaluation, load_run, with_fields
+from llava_tune.model.memory import training_memory
 from tests.conftest import Finished, Small, losses, wrong_input
 
 pytestmark = pytest.mark.timeout(400)
@@ -120,6 +121,41 @@ def test_two_processes_through_nproc_per_node(
     close(losses(tmp_path / "two"), reference[1], 1e-4)
 
 
+COUNTS = """import json, os, torch
+from transformers import TrainerCallback
+from llava_tune.train import session
+
+plain = session._trainer
+
+class Count(TrainerCallback):
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        optimizer = self.trainer.model_wrapped.optimizer
+        known = set()
+        def size(tensors):
+            storages = [t.untyped_storage() for t in tensors if torch.is_tensor(t)]
+            new = {{s.data_ptr(): s.nbytes() for s in storages if s.nbytes() and s.data_ptr() not in known}}
+            known.update(new)
+            return sum(new.values())
+        weights = size([getattr(p, "ds_tensor", p.data) for p in model.parameters()])
+        moments = size([v for s in optimizer.optimizer.state.values() for v in s.values() if torch.is_tensor(v) and v.dim()])
+        copies = [c for n in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat") for c in getattr(optimizer, n, [])]
+        found = {{"weights": weights, "optimizer": moments + size(copies)}}
+        with open("{folder}/bytes-" + os.environ["RANK"] + ".json", "w") as file:
+            json.dump(found, file)
+
+def _trainer(*args, **kwargs):
+    trainer = plain(*args, **kwargs)
+    count = Count()
+    count.trainer = trainer
+    trainer.add_callback(count)
+    return trainer
+
+session._trainer = _trainer
+from llava_tune.cli.main import main
+main()
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_deepspeed_on_two_processes(
@@ -131,8 +167,20 @@ def test_deepspeed_on_two_processes(
     stage: int,
 ) -> None:
     arguments = ["pretrain", small.config, "--deepspeed", f"deepspeed_zero{stage}", *offline(store), *STEPS]
-    done = cli(*arguments, "--work-dir", tmp_path / "ds", env={"NPROC_PER_NODE": "2"})
-    assert done.code == 0, done.err
+    script = tmp_path / "counts.py"
+    script.write_text(COUNTS.format(folder=str(tmp_path)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, script, *arguments]
+    command += ["--launcher", "torchrun", "--work-dir", tmp_path / "ds"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    counting = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=env)
+    assert counting.returncode == 0, counting.stderr
+    for rank in range(2):  # what each rank holds is what `plan` says, to the byte
+        counted = json.loads((tmp_path / f"bytes-{rank}.json").read_text())
+        plan = training_memory(
+            load_run(small.config).model, ranks=2, zero_stage=stage, offload_optimizer=False, bf16=False, rows=2, length=64,
+            images=2, checkpointing=False,
+        )  # fmt: skip
+        assert (counted["weights"], counted["optimizer"]) == (plan.weights, plan.optimizer)
     close(losses(tmp_path / "ds"), reference[1], 1e-4)
     check_weights(tmp_path / "ds/checkpoint-20", reference[0] / "checkpoint-20")
     if stage == 1:  # resumes through the same code as stage 2
