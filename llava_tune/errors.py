@@ -8,6 +8,9 @@ EXIT_BAD_INPUT = 2
 EXIT_REQUEUE = 75
 """A run stopped for a signal after saving (sysexits.h: EX_TEMPFAIL): start it again with --resume, it goes on."""
 
+STOPPED_EXIT = "LLAVA_TUNE_EXIT_WHEN_STOPPED"
+"""Environment variable: the exit code of such a run instead of EXIT_REQUEUE, for launchers that kill the other ranks at any but 0."""
+
 
 class InputError(ValueError):
     """Something the user gave is wrong. The message says what was found, what was expected and what to do next.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Literal
 
 from llava_tune.cli.options import FlatRun, parse
 from llava_tune.config.shipped import deepspeed_config
-from llava_tune.errors import EXIT_REQUEUE
+from llava_tune.errors import EXIT_REQUEUE, STOPPED_EXIT
 
 DESCRIPTION = "Train the projector between a vision tower and a language model (stage 1)."
 
@@ -48,7 +49,7 @@ def main(arguments: list[str], verb: str = "pretrain", description: str = DESCRI
     if trained.stopped:
         print(f"stopped for a signal after saving {trained.checkpoint}; --resume goes on", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        raise SystemExit(EXIT_REQUEUE)
+        raise SystemExit(int(os.environ.get(STOPPED_EXIT, EXIT_REQUEUE)))
 
 
 def _with_bare_resume(arguments: list[str]) -> list[str]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_tune.cluster.site import Site
-from llava_tune.errors import EXIT_BAD_INPUT, EXIT_REQUEUE
+from llava_tune.constants import FINISHED
+from llava_tune.errors import EXIT_BAD_INPUT, STOPPED_EXIT
 
 FAILURES = "failures"
 """In the folder of the scripts: how often training failed since the chain was submitted."""
@@ -135,6 +136,7 @@ def train_script(job: Job, site: Site) -> str:
         overrides += ["--dataset.image-folder", f"{target}/images"] if job.image_folder else []
     arguments = [job.config, "--work-dir", job.work_dir, *overrides, "--launcher", "slurm"]
     deepspeed = ["--deepspeed", job.deepspeed] if job.deepspeed else []
+    finished = shlex.quote(str(job.work_dir / FINISHED))
     failures = shlex.quote(str(job.folder() / FAILURES))
     return "\n".join(
         [
@@ -143,11 +145,12 @@ def train_script(job: Job, site: Site) -> str:
             "# a bad node ends the job here, in a minute",
             f"{_srun(site, '--kill-on-bad-exit=0')} {_ours(site, 'preflight', *arguments)} || exit 1",
             "",
-            "# --kill-on-bad-exit: when a rank dies, the others end",
+            "# --kill-on-bad-exit: when a rank dies, the others end. One that saved and stops must not look as if it had died",
+            f"export {STOPPED_EXIT}=0",
             f"{_srun(site, '--kill-on-bad-exit=1')} {_ours(site, job.verb, *arguments, '--resume', *deepspeed)}",
             "code=$?",
             "again=",
-            f"if [ $code -eq {EXIT_REQUEUE} ]; then",
+            f"if [ $code -eq 0 ] && [ ! -f {finished} ]; then",
             *(
                 ["    again=saved"]
                 if job.requeue

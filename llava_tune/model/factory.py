@@ -47,7 +47,7 @@ def build_llava(model: Model, *, dtype: torch.dtype = torch.float32, seed: int =
     llava = Llava(vision, projector, llm)
     freeze(llava, model)
     if model.init_from is not None:
-        load_weights(llava, read_weights(Path(model.init_from)), model.init_from)
+        load_weights(llava, read_weights(checkpoint_folder(model.init_from)), model.init_from)
     for parameter in llava.parameters():
         if parameter.is_floating_point() and not hasattr(parameter, "ds_id"):
             parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
@@ -71,7 +71,7 @@ def drawn_parts(model: Model) -> frozenset[str]:
     if model.llm.weights == "random":
         parts.add("llm")
     if model.init_from is not None:
-        parts |= {name.split(".", 1)[0] for name in weight_names(Path(model.init_from))}
+        parts |= {name.split(".", 1)[0] for name in weight_names(checkpoint_folder(model.init_from))}
     return frozenset(parts)
 
 

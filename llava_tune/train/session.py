@@ -98,6 +98,7 @@ def run_session(
     start_step = step_of(checkpoint) if checkpoint else 0
     if main:
         clear_staging(work_dir)
+        (work_dir / FINISHED).unlink(missing_ok=True)
         forget_ids_after(work_dir, start_step)
     barrier()
     order = BatchOrder(
