@@ -121,11 +121,14 @@ def _run_harness(options: Options) -> None:
         raise InputError(
             "--harness lmms-eval needs the package lmms_eval, which is not installed. Run: pip install lmms-eval"
         )
+    import torch
+
     from llava_tune.cli.serve import ready_export
 
     folder = ready_export(Path(options.checkpoint), None)
+    device = "" if torch.cuda.is_available() else ",device=cpu,device_map=cpu"
     output = options.output or str(folder.parent / "lmms-eval")
-    command = [sys.executable, "-m", "lmms_eval", "--model", "llava_hf", "--model_args", f"pretrained={folder}"]
+    command = [sys.executable, "-m", "lmms_eval", "--model", "llava_hf", "--model_args", f"pretrained={folder}{device}"]
     command += [
         "--tasks",
         options.tasks,

@@ -14,7 +14,7 @@ from llava_tune.data.images import ImageTransform, image_transform
 from llava_tune.data.plan import make_layout
 from llava_tune.data.tokens.layout import Layout
 from llava_tune.data.tokens.tokenizer import load_tokenizer
-from llava_tune.model.factory import load_checkpoint
+from llava_tune.model.factory import checkpoint_folder, load_checkpoint
 from llava_tune.model.generate import GREEDY, Sampling, generate
 
 
@@ -32,7 +32,8 @@ class Answerer:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
         if dtype is None:
             dtype = torch.bfloat16 if device != "cpu" and torch.cuda.is_bf16_supported() else torch.float32
-        llava, run = load_checkpoint(checkpoint, dtype=dtype)
+        self.folder = checkpoint_folder(checkpoint)
+        llava, run = load_checkpoint(self.folder, dtype=dtype)
         self.llava = llava.to(device)
         self.run = run
         self.tokenizer: Any = load_tokenizer(run.model.llm.tokenizer or run.model.llm.name)

@@ -141,7 +141,11 @@ def evaluate(
         }
         write_whole(path.with_name(f"{path.stem}-scores.json"), json.dumps(facts, indent=1))
         return Evaluated({}, 0.0, swapped, path, scores)
-    return Evaluated(accuracy(answers, questions), question_alone_accuracy(questions), swapped, path)
+    found = accuracy(answers, questions)
+    figures = {kind: right / asked for kind, (right, asked) in found.items()}
+    facts = {"benchmark": Path(data).name, "scores": figures, "questions": len(questions), "metric": "exact match"}
+    write_whole(path.with_name(f"{path.stem}-scores.json"), json.dumps(facts, indent=1))
+    return Evaluated(found, question_alone_accuracy(questions), swapped, path)
 
 
 def _identity(path: Path) -> list[object]:

@@ -54,6 +54,8 @@ class Report:
         found = []
         if not self.prompts_equal:
             found.append("the tokenizer or chat template gives prompts of another length")
+        if not self.greedy[1]:
+            found.append("llama.cpp gave no token to compare")
         if not self.logprobs <= TOLERANCE[dtype]:
             found.append(f"log-probabilities differ by {self.logprobs:.2g}, more than {TOLERANCE[dtype]} ({dtype})")
         return found

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_tune import __version__
 from llava_tune.data.images import ImageTransform
 from llava_tune.evaluate.answer import Answerer
+from llava_tune.export.card import model_card
 from llava_tune.export.chat_template import jinja, parts_said
 from llava_tune.export.weights import is_linear, language_weights, projector_weights, vision_config_of, vision_weights
 from llava_tune.model.llava import Llava
@@ -31,7 +31,7 @@ def write_hf(answerer: Answerer, folder: Path, dtype: torch.dtype) -> None:
     Raises:
         InputError: a part of the model has no equal in transformers.
     """
-    llava, run = answerer.llava, answerer.run
+    llava = answerer.llava
     text_config = copy.deepcopy(llava.config)
     text_config._attn_implementation = None
     text_config.dtype = dtype
@@ -61,7 +61,7 @@ def write_hf(answerer: Answerer, folder: Path, dtype: torch.dtype) -> None:
         "do_sample": False,
     }
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=1))
-    (folder / "README.md").write_text(model_card(run, dtype))
+    (folder / "README.md").write_text(model_card(answerer, dtype))
 
 
 def write_tokenizer(answerer: Answerer, folder: Path, image_token: str | None, *, adds_bos: bool = False) -> Any:
@@ -76,6 +76,8 @@ def write_tokenizer(answerer: Answerer, folder: Path, image_token: str | None, *
     spec = answerer.layout.spec
     bos = tokenizer.convert_ids_to_tokens(spec.bos) if spec.bos is not None else None
     tokenizer.chat_template = jinja(spec.template, None if adds_bos else bos, parts_said(IMAGE_TOKEN))
+    # What ends an answer, for programs that ask the tokenizer and not generation_config.json (lmms-eval).
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(answerer.layout.stop_ids[0])
     for name in ("add_bos_token", "add_eos_token"):
         if hasattr(tokenizer, name):
             setattr(tokenizer, name, False)
@@ -179,39 +181,3 @@ def image_processor(transform: ImageTransform) -> dict[str, Any]:
         "image_mean": list(transform.mean),
         "image_std": list(transform.std),
     }
-
-
-def model_card(run: Any, dtype: torch.dtype) -> str:
-    """README.md of an export: how it was made, and how to use it."""
-    from llava_tune.config import to_json
-
-    vision = run.model.vision
-    task = "image-text-to-text" if vision else "text-generation"
-    parts = f"vision tower: {vision.name}; projector: {run.model.projector.kind}; " if vision else ""
-    image = '{"type": "image", "path": "picture.jpg"}, ' if vision else ""
-    argument = "text=" if vision else ""
-    return f"""---
-library_name: transformers
-pipeline_tag: {task}
-tags: [llava, llava-tune]
----
-# Trained with llava-tune {__version__}
-
-- {parts}language model: {run.model.llm.name}
-- chat template: {run.dataset.template}; weights: {str(dtype).removeprefix("torch.")}; adapters merged: {bool(run.model.llm.lora.rank)}
-
-```python
-from transformers import pipeline
-
-ask = pipeline("{task}", model=FOLDER)
-message = {{"role": "user", "content": [{image}{{"type": "text", "text": "What is this?"}}]}}
-print(ask({argument}[message], max_new_tokens=64, return_full_text=False)[0]["generated_text"])
-```
-
-`gate.json` says how this folder was compared with the model it was made from.
-
-## Recipe
-```json
-{to_json(run)}
-```
-"""

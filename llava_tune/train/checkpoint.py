@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llava_tune.config import Run
+from llava_tune.constants import DATA_FINGERPRINT
 from llava_tune.data.store import file_hash
 from llava_tune.errors import InputError, RunFailed
 from llava_tune.model.factory import RUN_CONFIG
@@ -21,7 +22,6 @@ from llava_tune.model.llava import Llava
 
 _NAME = re.compile(r"checkpoint-(\d+)$")
 STAGING = ".saving"
-DATA_FINGERPRINT = "llava_tune_data.json"
 FILES = "llava_tune_files.json"
 """Size and hash of each file of a checkpoint."""
 

@@ -14,6 +14,7 @@ from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from llava_tune.config import Run
+from llava_tune.constants import DATA_FINGERPRINT
 from llava_tune.data import LlavaDataset
 from llava_tune.data.batch import IdCollator
 from llava_tune.data.order import BatchOrder
@@ -22,7 +23,6 @@ from llava_tune.model.factory import LLM_FOLDER, WEIGHTS, drawn_parts, load_weig
 from llava_tune.model.llava import Llava
 from llava_tune.paths import sync, sync_tree, write_whole
 from llava_tune.train.checkpoint import (
-    DATA_FINGERPRINT,
     STAGING,
     barrier,
     check_space,
