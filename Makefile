@@ -27,7 +27,7 @@ quick: lint
 	$(BIN)/pytest -q -m 'not slow'
 
 test: lint
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q --durations=30
 
 clean:
 	rm -rf $(VENV) work_dirs build *.egg-info

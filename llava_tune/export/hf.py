@@ -140,10 +140,18 @@ def _weights(llava: Llava, vision_config: Any, rows: int) -> dict[str, Tensor]:
 
 
 def save_weights(state: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
-    from huggingface_hub import save_torch_state_dict
+    """Write weights as safetensors of 5 GB at most, with their index; only the file that is written is in memory twice."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
 
-    state = {name: value.to("cpu", dtype).contiguous().clone() for name, value in state.items()}
-    save_torch_state_dict(state, folder, max_shard_size="5GB", metadata={"format": "pt"})
+    shapes = {name: torch.empty(value.shape, dtype=dtype, device="meta") for name, value in state.items()}
+    plan = split_torch_state_dict_into_shards(shapes, max_shard_size="5GB")
+    for file, names in plan.filename_to_tensors.items():
+        part = {name: state[name].detach().to("cpu", dtype, copy=True).contiguous() for name in names}
+        save_file(part, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1, sort_keys=True))
 
 
 def _write_processor(answerer: Answerer, folder: Path, vision_config: Any) -> None:

@@ -189,6 +189,28 @@ def test_the_gate_fails_when_anything_is_wrong(clip: Path, exported: Path, tmp_p
     assert "preprocessing differs by 0.037" in failures(repaint)
 
 
+def test_large_weights_are_written_in_shards_that_transformers_opens(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+    from transformers import AutoModelForImageTextToText
+
+    from llava_tune.export.hf import save_weights
+
+    split = huggingface_hub.split_torch_state_dict_into_shards
+    monkeypatch.setattr(
+        huggingface_hub,
+        "split_torch_state_dict_into_shards",
+        lambda state, max_shard_size: split(state, max_shard_size="200KB"),
+    )
+    weights = load_file(exported / "model.safetensors")
+    shutil.copytree(exported, tmp_path / "s", ignore=shutil.ignore_patterns("*.safetensors"))
+    save_weights(weights, tmp_path / "s", torch.float32)
+    assert len(list((tmp_path / "s").glob("model-0*.safetensors"))) > 3
+    whole, parts = (AutoModelForImageTextToText.from_pretrained(f).state_dict() for f in (exported, tmp_path / "s"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
 def test_what_is_merged_computes_the_same(small: Small, cli: Callable[..., Finished], tmp_path: Path) -> None:
     tower(tmp_path, quick_gelu=True)
     lora = "lora=Lora(rank=4, alpha=64, dropout=0.0, variant='rslora')"
