@@ -20,6 +20,7 @@ from llava_tune.data.images import image_transform
 from llava_tune.data.mix import image_folders
 from llava_tune.data.store import open_store, read_manifest
 from llava_tune.errors import InputError, RunFailed
+from llava_tune.train.data import is_foreign
 from llava_tune.train.launch import collective_timeout, rank, world_size
 
 GIB = 2**30
@@ -133,6 +134,10 @@ def _look_at_data(run: Run, seen: Seen) -> None:
         for source in run.dataset.all_sources():
             if not Path(source.data_path).exists() and "*" not in source.data_path:
                 seen.problems.append(f"dataset.data_path {source.data_path}: not there")
+        return
+    if is_foreign(run, Path(store)):  # another program's: what is in it is checked as training opens it
+        if not Path(store).is_dir():
+            seen.problems.append(f"the prepared data {store}: not there")
         return
     try:
         rows = open_store(Path(store))

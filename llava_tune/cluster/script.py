@@ -81,7 +81,7 @@ def _head(job: Job, site: Site, stage: str, lines: list[str], *, cpu: bool = Fal
         "#!/bin/bash",
         f"# {stage} of {job.name}, written by llava-tune slurm",
         *(f"#SBATCH {option}" for option in options),
-        "set -uo pipefail",
+        "set -o pipefail",
         *(f"module load {shlex.quote(module)}" for module in site.modules),
         *(f"export {name}={shlex.quote(value)}" for name, value in site.env),
         *site.setup,

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ class EvaluationCallback(TrainerCallback):
 
     Attributes:
         trainer: whose `log` takes the score; set once the trainer is there.
+        alive: called with each batch of answers, so that a long evaluation isn't taken for a hang.
         best: the best score and the checkpoint that has it. (The Trainer's own state of that name would make it remove the last
             checkpoint at the end, where one is to be kept.)
 
@@ -38,6 +40,7 @@ class EvaluationCallback(TrainerCallback):
     """
 
     trainer: Any = None
+    alive: Callable[[], None] = staticmethod(lambda: None)
     best: tuple[float, Path] | None = None
 
     def __init__(
@@ -126,6 +129,7 @@ class EvaluationCallback(TrainerCallback):
                 max_new_tokens=self.config.max_new_tokens,
                 synced=synced,
             )
+            self.alive()
             texts = [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
             found |= dict(zip(batch, texts, strict=False))
         return found

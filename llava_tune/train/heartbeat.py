@@ -20,11 +20,12 @@ class Heartbeat(TrainerCallback):
     def __init__(self, seconds: float, stacks: IO[str]) -> None:
         self._seconds, self._stacks = seconds, stacks
 
-    def _beat(self, *_: Any, **__: Any) -> None:
+    def beat(self, *_: Any, **__: Any) -> None:
+        """A sign of life."""
         if self._seconds:
             faulthandler.dump_traceback_later(self._seconds, exit=True, file=self._stacks)
 
-    on_train_begin = on_step_begin = on_substep_end = on_step_end = on_save = on_log = _beat
+    on_train_begin = on_step_begin = on_substep_end = on_step_end = on_save = on_log = beat
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         faulthandler.cancel_dump_traceback_later()

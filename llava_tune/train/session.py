@@ -127,7 +127,10 @@ def run_session(
     if main:
         _announce(run, llava, dataset, order, work_dir, checkpoint)
     with crash_bundle(run, work_dir, rank(), lambda: trainer.ids) as stacks:
-        trainer.add_callback(Heartbeat(run.training.hang_timeout, stacks))
+        heartbeat = Heartbeat(run.training.hang_timeout, stacks)
+        trainer.add_callback(heartbeat)
+        if trainer.scoring is not None:
+            trainer.scoring.alive = heartbeat.beat
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     last = checkpoints(work_dir)[-1]
     stopped = stop.stopped and step_of(last) < order.total_steps
