@@ -116,7 +116,7 @@ def test_told_to_stop_killed_and_cancelled_it_ends_with_the_curve_of_an_undistur
     until(lambda: steps_logged(work_dir) > rng.randrange(10, 50), 120, "the first steps")
     subprocess.run(["scancel", "--signal=USR1", job], check=True)
     log = work_dir / "slurm/train.log"
-    until(lambda: "saved; queued again" in log.read_text(), 60, "the job to queue itself again")
+    until(lambda: "saved; queued again" in log.read_text(), 120, "the job to queue itself again")
     assert "first error" not in log.read_text()
     before = steps_logged(work_dir)
     until(lambda: steps_logged(work_dir) > before + rng.randrange(5, 40), 120, "steps after the requeue")

@@ -99,7 +99,7 @@ def test_a_hang_is_found_and_the_rank_named(small: Small, cli: Callable[..., Fin
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     began = time.monotonic()
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=env, timeout=150)
-    assert done.returncode == 1 and time.monotonic() - began < 100
+    assert done.returncode == 1 and time.monotonic() - began < 140
     assert len(losses(tmp_path / "run")) == 2
     said = cli("why", tmp_path / "run").err
     assert "in compute_loss" not in said.splitlines()[-1]
