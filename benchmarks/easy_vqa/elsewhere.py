@@ -138,7 +138,7 @@ def through_lmms_eval(checkpoint: Path, folder: Path, asked: list[Question], ima
         "--tasks",
         "easy_vqa_local",
     ]
-    command += ["--output", str(out), "--harness-args", f"--include_path {tasks}"]
+    command += ["--output", str(out), f"--harness-args=--include_path {tasks}"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"lmms-eval failed: {done.stderr[-3000:]}")

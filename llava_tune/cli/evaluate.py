@@ -53,7 +53,7 @@ class Options:
     tasks: str | None = None
     """With --harness: its tasks, such as mmbench_en_dev,pope."""
     harness_args: str = ""
-    """With --harness: more of its own arguments, as on its command line."""
+    """With --harness: more of its own arguments, as on its command line (--harness-args="--include_path DIR")."""
     swap_images: bool = False
     """Also ask with each image swapped for another: shows what the model answers without looking."""
 
