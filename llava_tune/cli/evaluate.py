@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from llava_tune.errors import InputError
+from llava_tune.errors import InputError, RunFailed
 
 if TYPE_CHECKING:
     from llava_tune.evaluate import Evaluated
@@ -110,10 +110,10 @@ def main(arguments: list[str]) -> None:
 
 
 def _run_harness(options: Options) -> None:
-    """Become lmms-eval on the exported model."""
+    """lmms-eval on the exported model, in a process of its own."""
     import importlib.util
-    import os
     import shlex
+    import subprocess
 
     if options.tasks is None:
         raise InputError("--harness lmms-eval needs --tasks NAMES, such as mmbench_en_dev,pope")
@@ -127,20 +127,18 @@ def _run_harness(options: Options) -> None:
 
     folder = ready_export(Path(options.checkpoint), None)
     device = "" if torch.cuda.is_available() else ",device=cpu,device_map=cpu"
-    output = options.output or str(folder.parent / "lmms-eval")
+    output = Path(options.output or folder.parent / "lmms-eval")
     command = [sys.executable, "-m", "lmms_eval", "--model", "llava_hf", "--model_args", f"pretrained={folder}{device}"]
-    command += [
-        "--tasks",
-        options.tasks,
-        "--batch_size",
-        str(options.batch_size),
-        "--output_path",
-        output,
-        "--log_samples",
-    ]
+    # llava_hf of lmms-eval takes one question at a time.
+    command += ["--tasks", options.tasks, "--batch_size", "1", "--output_path", str(output), "--log_samples"]
     command += [*(["--limit", str(options.limit)] if options.limit else []), *shlex.split(options.harness_args)]
     print(f"$ {shlex.join(command)}", file=sys.stderr, flush=True)
-    os.execv(sys.executable, command)
+    before = set(output.rglob("*results.json"))
+    subprocess.run(command, check=False)  # its exit code is 0 after an error, too
+    found = set(output.rglob("*results.json")) - before
+    if not found:
+        raise RunFailed("lmms-eval wrote no results: see what it printed above")
+    print(f"lmms-eval's results: {', '.join(map(str, sorted(found)))}")
 
 
 def print_scores(result: Evaluated) -> None:
