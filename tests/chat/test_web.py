@@ -35,6 +35,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def upload(page: Any, file: Path) -> None:
+    """Choose a file, and wait until the server has it and the page knows."""
+    with page.expect_response(lambda response: "/upload" in response.url, timeout=60_000):
+        page.set_input_files("input[type=file]", str(file))
+    page.wait_for_timeout(1500)
+
+
 def test_a_picture_is_uploaded_and_the_answer_read(
     browser: Any, small: Small, cli: Callable[..., Finished], tmp_path: Path
 ) -> None:
@@ -57,8 +64,7 @@ def test_a_picture_is_uploaded_and_the_answer_read(
         box = page.locator("textarea").first
         box.wait_for(timeout=60_000)
         assert page.get_by_text("What is in the picture?").count() == 1  # the example to click on
-        page.set_input_files("input[type=file]", str(pictures[0]))
-        page.wait_for_selector("button:has(img), .thumbnail-item, [data-testid=multimodal-textbox] img", timeout=60_000)
+        upload(page, pictures[0])
         box.fill("What is this?")
         box.press("Enter")
         said = page.get_by_test_id("bot")
@@ -72,8 +78,7 @@ def test_a_picture_is_uploaded_and_the_answer_read(
         # What is no picture is said to be none, and the page lives on.
         broken = tmp_path / "broken.png"
         broken.write_bytes(pictures[0].read_bytes()[:60])
-        page.set_input_files("input[type=file]", str(broken))
-        page.wait_for_timeout(1000)
+        upload(page, broken)
         box.fill("And this?")
         box.press("Enter")
         page.get_by_text("can't be decoded").first.wait_for(timeout=60_000)
