@@ -161,16 +161,24 @@ def ask_folder(
         return dict(found)
 
 
-def ask_ours(answerer: Answerer, conversation: Conversation) -> Answer:
-    """What our model makes of a conversation."""
-    llava: Any = answerer.llava
+def laid_out(answerer: Answerer, conversation: Conversation) -> tuple[list[int], np.ndarray, torch.Tensor | None]:
+    """A conversation up to where its answer begins, as our model takes it.
+
+    Returns:
+        (its prompt, the same as int64 [tokens] with IMAGE_TOKEN_INDEX once a patch, float32 [images, 3, size, size] or None)
+    """
     texts = [("\n".join([*[IMAGE_PLACEHOLDER] * len(paths), q]), a) for q, a, paths in conversation]
     prompt = answerer.prompt(texts[:-1], texts[-1][0])
     pixels = [answerer.transform.open(path) for _, _, paths in conversation for path in paths]
-    stacked = torch.stack(pixels) if pixels else None
-    patches = llava.vision.tokens if llava.vision is not None else 1
-    times = np.where(np.array(prompt) == IMAGE_TOKEN_INDEX, patches, 1)
-    ids = np.repeat(np.array(prompt), times)
+    patches = answerer.llava.vision.tokens if answerer.llava.vision is not None else 1
+    ids = np.repeat(np.array(prompt), np.where(np.array(prompt) == IMAGE_TOKEN_INDEX, patches, 1))
+    return prompt, ids, torch.stack(pixels) if pixels else None
+
+
+def ask_ours(answerer: Answerer, conversation: Conversation) -> Answer:
+    """What our model makes of a conversation."""
+    llava: Any = answerer.llava
+    prompt, ids, stacked = laid_out(answerer, conversation)
     device = next(llava.parameters()).device
     with torch.inference_mode():
         embeddings = llava.embed(

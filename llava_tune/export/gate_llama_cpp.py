@@ -13,14 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from llava_tune.constants import IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
 from llava_tune.errors import RunFailed
 from llava_tune.evaluate.answer import Answerer
-from llava_tune.export.gate import GREEDY, Conversation
+from llava_tune.export.gate import GREEDY, Conversation, laid_out
 from llava_tune.model.llava import Llava
 
 TOLERANCE = {"fp32": 0.01, "fp16": 0.05, "q8_0": 0.5}
@@ -128,15 +128,11 @@ def _compare(answerer: Answerer, asked: list[Conversation], found: dict[str, Any
 def _logprobs(answerer: Answerer, conversation: Conversation, new: list[int]) -> tuple[int, Tensor]:
     """(tokens of the prompt, float32 [new, vocabulary] log-probabilities at each of the new tokens)."""
     llava = answerer.llava
-    texts = [("\n".join([*[IMAGE_PLACEHOLDER] * len(paths), q]), a) for q, a, paths in conversation]
-    prompt = answerer.prompt(texts[:-1], texts[-1][0])
-    pixels = [answerer.transform.open(path) for _, _, paths in conversation for path in paths]
-    patches = llava.vision.tokens if llava.vision is not None else 1
-    ids = [i for token in prompt for i in [token] * (patches if token == IMAGE_TOKEN_INDEX else 1)]
+    _, ids, pixels = laid_out(answerer, conversation)
     with torch.inference_mode():
         device = next(llava.parameters()).device
-        whole = torch.tensor([ids + new], device=device)
-        embeddings = llava.embed(whole, torch.stack(pixels).to(device) if pixels else None)
+        whole = torch.from_numpy(np.concatenate([ids, np.array(new, ids.dtype)]))[None].to(device)
+        embeddings = llava.embed(whole, None if pixels is None else pixels.to(device))
         logits = llava.llm(inputs_embeds=embeddings, use_cache=False).logits[0].float().cpu()
     return len(ids), logits[len(ids) - 1 : len(ids) - 1 + len(new)].log_softmax(-1)
 
