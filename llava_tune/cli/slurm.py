@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> None:
     run = dataclasses.replace(options.run, work_dir=str(work_dir))
     names = ("partition", "cpu_partition", "account", "qos", "constraint", "time", "mem", "container")
     site = load_site(**{name: getattr(options, name) for name in names})
-    job = _job(run, options, config, work_dir)
+    job = _job(run, options, work_dir)
     _check(run, options, job)
     stages = chain.stages(run, job, site)
     chain.write_scripts(run, job, stages)
@@ -92,7 +92,7 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(EXIT_RUN_FAILED)
 
 
-def _job(run: Run, options: Options, config: str, work_dir: Path) -> Job:
+def _job(run: Run, options: Options, work_dir: Path) -> Job:
     from llava_tune.cluster.script import Job
 
     given = run.dataset.offline_processed_text_folder

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from llava_tune.errors import InputError
 from llava_tune.evaluate.answer import Answerer
@@ -48,15 +47,10 @@ def write_adapter(answerer: Answerer, folder: Path, dtype: torch.dtype) -> None:
     config.save_pretrained(adapter)
     if llava.vision is not None:
         merge_adapters(llava.vision)
-    drop_adapters(llava.llm)
+    merge_adapters(llava.llm, add=False)
     (folder / BASE).mkdir()
     write_hf(answerer, folder / BASE, dtype)
     (folder / "README.md").write_text(_CARD)
-
-
-def drop_adapters(module: nn.Module) -> None:
-    """Turn a part's adapted and 4-bit layers into plain ones without what the adapters add, in place."""
-    merge_adapters(module, add=False)
 
 
 _CARD = """# A LLaVA and its adapter, kept apart
