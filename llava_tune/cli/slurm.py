@@ -97,9 +97,10 @@ def _job(run: Run, options: Options, work_dir: Path) -> Job:
 
     given = run.dataset.offline_processed_text_folder
     folders = {source.image_folder for source in run.dataset.all_sources()} or {run.dataset.image_folder}
-    if options.stage and len(folders) > 1:
+    if options.stage and any(source.image_folder for source in run.dataset.sources):
         raise InputError(
-            "--stage copies one image folder, and the data sets have several. Leave --stage away, or merge them"
+            "--stage copies dataset.image_folder, and a data set of dataset.sources has a folder of its own, which training would read "
+            "instead. Leave --stage away, or set dataset.image_folder for all"
         )
     trains_llm = not run.model.llm.freeze or bool(run.model.llm.lora.rank)
     return Job(

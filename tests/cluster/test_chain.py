@@ -220,3 +220,14 @@ def test_what_would_fail_in_the_queue_is_refused_here(
     assert "apptainer exec --nv x.sif" in shown.out and "cp --archive --update" in shown.out
     for path in (tmp_path / "w/slurm").glob("*.sbatch"):
         subprocess.run(["bash", "-n", path], check=True)
+    # A data set's own image folder goes before the one that is staged: it would be read from where it lay.
+    several = tmp_path / "several.py"
+    several.write_text(
+        "import dataclasses\nfrom llava_tune.config import DataSource, load_run\n"
+        f"run = load_run({str(small.config)!r})\n"
+        f"source = DataSource(data_path={str(small.captions)!r}, image_folder={str(small.images)!r})\n"
+        "run = dataclasses.replace(run, dataset=dataclasses.replace(run.dataset, data_path=None, sources=(source,)))\n"
+    )
+    command = ["slurm", several, "--work-dir", tmp_path / "v", "--nodes", 2, "--gpus-per-node", 1, "--dry-run"]
+    assert "has a folder of its own" in wrong_input(cli(*command, "--stage", "/scratch", env=site))
+    assert cli(*command, env=site).code == 0
