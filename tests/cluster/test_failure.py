@@ -53,6 +53,12 @@ def test_an_error_of_its_own_comes_before_what_it_caused(tmp_path: Path) -> None
     assert "Traceback" in said and "rank 0 failed after it; rank 2 were told to end" in said
 
 
+def test_a_rank_that_was_told_to_end_is_no_cause(tmp_path: Path) -> None:
+    leave(tmp_path, 0, stacks="Current thread 0x1 (most recent call first):")
+    leave(tmp_path, 1, error=LOST, when=5)
+    assert str(explain(tmp_path)).splitlines()[-1] == f"first error: rank 1 on node1: {LOST}"
+
+
 def test_a_run_that_ended_well_has_nothing_to_say(cli: Callable[..., Finished], tmp_path: Path) -> None:
     assert explain(tmp_path) is None
     assert "no rank left an error" in cli("why", tmp_path).err
