@@ -75,7 +75,7 @@ def through_openai(folder: Path, asked: list[Question], images: Path) -> list[st
         port = int(probe.getsockname()[1])
     command = [sys.executable, "-m", "llava_tune.cli.main", "serve", str(folder), "--port", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    client = openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", timeout=120, max_retries=0)
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=120, max_retries=0)
     try:
         answers = []
         for question in asked:

@@ -22,7 +22,7 @@ class Options:
 
     model: tyro.conf.Positional[str]
     """Folder of a checkpoint, which is exported to CHECKPOINT/hf (llama.cpp: CHECKPOINT/gguf) first if that is not there; or of an export."""
-    host: str = "localhost"
+    host: str = "127.0.0.1"
     """Address to listen on."""
     port: int = 8000
     """Port to listen on."""

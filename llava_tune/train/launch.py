@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Literal
+from uuid import uuid4
 
 from llava_tune.errors import InputError, SharedInputError, missing_package
 
@@ -20,7 +21,7 @@ def processes_to_start() -> int:
     """How many processes NPROC_PER_NODE and NNODES ask for in all; 0 if it asks for none, or they run already.
 
     Raises:
-        InputError: they are no numbers.
+        InputError: they are no numbers, or several nodes have no ADDR to meet at.
     """
     if "NPROC_PER_NODE" not in os.environ or "RANK" in os.environ:
         return 0
@@ -30,6 +31,11 @@ def processes_to_start() -> int:
             raise InputError(
                 f"{name} is {value!r}; expected a number of {'processes' if name[1] == 'P' else 'nodes'}, such as 8"
             )
+    if given["NNODES"] != "1" and "ADDR" not in os.environ:
+        raise InputError(
+            f"NNODES is {given['NNODES']}, but ADDR is not set: the nodes meet at the address of the one with NODE_RANK=0. Start on "
+            "each of them: NNODES=2 NODE_RANK=0 (or 1) ADDR=host0 PORT=29500 NPROC_PER_NODE=8 llava-tune ..."
+        )
     return int(given["NPROC_PER_NODE"]) * int(given["NNODES"])
 
 
@@ -39,20 +45,20 @@ def relaunch_under_torchrun(arguments: list[str]) -> None:
     NNODES, NODE_RANK, ADDR, PORT and MAX_RESTARTS mean what torchrun's --nnodes, --node-rank, --master-addr, --master-port and
     --max-restarts mean. With MAX_RESTARTS the nodes meet at ADDR:PORT (c10d) each time anew.
     """
-    count = os.environ["NPROC_PER_NODE"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", count]
-    options = {"NNODES": "--nnodes", "NODE_RANK": "--node-rank", "ADDR": "--master-addr", "PORT": "--master-port"}
-    given = [
-        part for variable, flag in options.items() if (value := os.environ.get(variable)) for part in (flag, value)
-    ]
-    if restarts := os.environ.get("MAX_RESTARTS"):
-        meeting = f"{os.environ.get('ADDR', 'localhost')}:{os.environ.get('PORT', '0')}"
-        given = ["--max-restarts", restarts, "--rdzv-backend", "c10d", "--rdzv-endpoint", meeting]
-        given += ["--nnodes", os.environ.get("NNODES", "1")]
-    elif not given:
-        given = ["--standalone"]
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(1, int(count)))))
-    os.execv(sys.executable, [*command, *given, "-m", "llava_tune.cli.main", *arguments])
+    env = os.environ
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", env["NPROC_PER_NODE"]]
+    command += ["--nnodes", env.get("NNODES", "1"), "--max-restarts", env.get("MAX_RESTARTS", "0")]
+    if env.get("NNODES", "1") == "1":
+        # What --standalone does, by address: there are machines that don't know the name localhost.
+        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{env.get('PORT', '0')}"]
+        command += ["--rdzv-id", uuid4().hex, "--local-addr", "127.0.0.1"]
+    elif env.get("MAX_RESTARTS", "0") != "0":
+        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{env['ADDR']}:{env.get('PORT', '29500')}"]
+    else:
+        options = {"NODE_RANK": "--node-rank", "ADDR": "--master-addr", "PORT": "--master-port"}
+        command += [part for name, flag in options.items() if name in env for part in (flag, env[name])]
+    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(env["NPROC_PER_NODE"]))))
+    os.execv(sys.executable, [*command, "-m", "llava_tune.cli.main", *arguments])
 
 
 def set_rank_variables(launcher: Launcher, deepspeed: bool) -> None:

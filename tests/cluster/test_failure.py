@@ -15,7 +15,7 @@ import pytest
 
 from llava_tune.cluster.failure import explain
 from llava_tune.train.launch import own_device
-from tests.conftest import Finished, Small, losses, wrong_input
+from tests.conftest import TORCHRUN, Finished, Small, losses, wrong_input
 
 STACK = """rank {rank} on {host}, process 7
 {stacks}"""
@@ -73,6 +73,13 @@ def test_each_rank_needs_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
     assert own_device(3, 8, 1) == 0  # Slurm shows each task its own
 
 
+def test_several_nodes_need_an_address(cli: Callable[..., Finished], small: Small, tmp_path: Path) -> None:
+    run = ("pretrain", small.config, "--work-dir", tmp_path / "w")
+    said = wrong_input(cli(*run, env={"NPROC_PER_NODE": "2", "NNODES": "2"}))
+    assert "NNODES is 2, but ADDR is not set" in said and not (tmp_path / "w").exists()
+    assert "NPROC_PER_NODE is 'gpu'" in wrong_input(cli(*run, env={"NPROC_PER_NODE": "gpu"}))
+
+
 HANGS = """import os, time
 from llava_tune.train import trainer
 plain = trainer.LlavaTrainer.compute_loss
@@ -91,16 +98,7 @@ main()
 def test_a_hang_is_found_and_the_rank_named(small: Small, cli: Callable[..., Finished], tmp_path: Path) -> None:
     script = tmp_path / "hangs.py"
     script.write_text(HANGS)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        script,
-        "pretrain",
-    ]
+    command = [*TORCHRUN, script, "pretrain"]
     command += [small.config, "--work-dir", tmp_path / "run", "--launcher", "torchrun", "--training.hang-timeout", "12"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     began = time.monotonic()

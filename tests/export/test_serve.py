@@ -28,7 +28,7 @@ def test_an_openai_client_gets_our_answers(
     openai = pytest.importorskip("openai")
     pytest.importorskip("fastapi")
     with socket.socket() as free:
-        free.bind(("localhost", 0))
+        free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = ["serve", clip, "--port", port, "--dtype", "fp32"]
     process = subprocess.Popen(
@@ -41,11 +41,11 @@ def test_an_openai_client_gets_our_answers(
         while True:
             assert time.monotonic() < deadline and process.poll() is None, (tmp_path / "log").read_text()
             try:
-                socket.create_connection(("localhost", port), timeout=1).close()
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
                 break
             except OSError:
                 time.sleep(0.5)
-        client = openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none")
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
         answerer = Answerer(clip)
         for image in sorted(small.images.iterdir())[:2]:
             uri = f"data:image/png;base64,{base64.b64encode(image.read_bytes()).decode()}"
@@ -66,7 +66,7 @@ def test_an_openai_client_gets_our_answers(
         "serve",
         str((clip / "hf").resolve()),
         "--host",
-        "localhost",
+        "127.0.0.1",
         "--port",
         "9000",
     ]

@@ -15,7 +15,7 @@ import pytest
 
 from llava_tune.config import Evaluation, load_run, with_fields
 from llava_tune.model.memory import training_memory
-from tests.conftest import Finished, Small, losses, wrong_input
+from tests.conftest import TORCHRUN, Finished, Small, losses, wrong_input
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -169,8 +169,7 @@ def test_deepspeed_on_two_processes(
     arguments = ["pretrain", small.config, "--deepspeed", f"deepspeed_zero{stage}", *offline(store), *STEPS]
     script = tmp_path / "counts.py"
     script.write_text(COUNTS.format(folder=str(tmp_path)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, script, *arguments]
-    command += ["--launcher", "torchrun", "--work-dir", tmp_path / "ds"]
+    command = [*TORCHRUN, script, *arguments, "--launcher", "torchrun", "--work-dir", tmp_path / "ds"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     counting = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=env)
     assert counting.returncode == 0, counting.stderr
@@ -410,7 +409,7 @@ def torchrun(
     *arguments: object, env: dict[str, str], program: tuple[str, ...] = ("-m", "llava_tune.cli.main")
 ) -> Finished:
     """Two processes that torchrun starts, so that no process prepares before there are ranks."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
+    command = [*TORCHRUN, *program]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **{k: v for k, v in env.items() if k != "NPROC_PER_NODE"}}
     done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=env, timeout=300)
     return Finished(done.returncode, done.stdout, done.stderr)
