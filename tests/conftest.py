@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from tests.warm import Warm
 
 # The same examples in every run, so that a red CI is this commit's doing; HYPOTHESIS_PROFILE=explore looks for new ones.
 settings.register_profile("same", derandomize=True)
@@ -53,18 +53,15 @@ class Finished:
 
 
 @pytest.fixture(scope="session")
-def cli() -> Callable[..., Finished]:
-    def run(*arguments: object, env: dict[str, str] | None = None, timeout: float = 300) -> Finished:
-        done = subprocess.run(
-            [sys.executable, "-m", "llava_tune.cli.main", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-        )
-        return Finished(done.returncode, done.stdout, done.stderr)
+def cli(_own_cache: None) -> Iterator[Callable[..., Finished]]:
+    warm = Warm()
 
-    return run
+    def run(*arguments: object, env: dict[str, str] | None = None, timeout: float = 300) -> Finished:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+        return Finished(*warm.run([str(a) for a in arguments], environment, timeout))
+
+    yield run
+    warm.close()
 
 
 def wrong_input(finished: Finished) -> str:
@@ -138,14 +135,8 @@ def slurm() -> Iterator[None]:
     if not script.is_file() or os.geteuid() != 0:
         pytest.skip("needs root and the shared Slurm script, which starts two nodes here")
     env = {**os.environ, "SLURM_CI_RESOLVE": "0"}  # node names that resolve nowhere, as on many clusters
-    # Two workers' jobs on the same two nodes wait for each other too long: the first worker that comes has them.
-    with (Path(tempfile.gettempdir()) / "llava_tune_slurm.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pytest.skip("another worker of this suite has the Slurm nodes (-n 1 runs all)")
-        started = subprocess.run(["bash", str(script)], capture_output=True, text=True, env=env)
-        if started.returncode:
-            pytest.skip(f"Slurm does not start here: {started.stdout[-300:]}{started.stderr[-300:]}")
-        yield
-        subprocess.run(["bash", str(script), "stop"], capture_output=True, env=env)
+    started = subprocess.run(["bash", str(script)], capture_output=True, text=True, env=env)
+    if started.returncode:
+        pytest.skip(f"Slurm does not start here: {started.stdout[-300:]}{started.stderr[-300:]}")
+    yield
+    subprocess.run(["bash", str(script), "stop"], capture_output=True, env=env)
