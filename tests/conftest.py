@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -53,15 +54,35 @@ class Finished:
 
 
 @pytest.fixture(scope="session")
-def cli(_own_cache: None) -> Iterator[Callable[..., Finished]]:
-    warm = Warm()
+def warm(_own_cache: None) -> Iterator[Warm]:
+    process = Warm()
+    yield process
+    process.close()
 
+
+@pytest.fixture(scope="session")
+def cli(warm: Warm) -> Callable[..., Finished]:
     def run(*arguments: object, env: dict[str, str] | None = None, timeout: float = 300) -> Finished:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-        return Finished(*warm.run([str(a) for a in arguments], environment, timeout))
+        return Finished(*warm.run([str(a) for a in arguments], [environment], timeout))
 
-    yield run
-    warm.close()
+    return run
+
+
+@pytest.fixture(scope="session")
+def two_ranks(warm: Warm) -> Callable[..., Finished]:
+    """Two processes with what torchrun sets, less torchrun itself."""
+
+    def run(*arguments: object, timeout: float = 300) -> Finished:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        common = {**os.environ, "OMP_NUM_THREADS": "1", **shared}
+        ranks = [{**common, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+        return Finished(*warm.run([*map(str, arguments), "--launcher", "torchrun"], ranks, timeout))
+
+    return run
 
 
 def wrong_input(finished: Finished) -> str:

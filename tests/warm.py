@@ -1,12 +1,13 @@
 """Command lines run by processes that have the libraries imported already: each is forked here, and is else a process of its own, with its
 environment, folder, output and end. (Importing takes two thirds of a short run.)
 
-As a program: reads requests from stdin, a JSON object a line (arguments, env, cwd, out, err), and answers each with the process's number
-and, when it has ended, its exit code.
+As a program: reads requests from stdin, a JSON object a line (arguments, envs, cwd, folder), starts a process for each of the environments,
+and answers with their numbers and, when all have ended, their exit codes. Each writes to FOLDER/out-N and FOLDER/err-N.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -30,25 +31,30 @@ class Warm:
             command, stdin=pipe, stdout=pipe, text=True, env=environment, cwd=Path(__file__).parents[1]
         )
 
-    def run(self, arguments: list[str], env: dict[str, str], timeout: float) -> tuple[int, str, str]:
-        """Exit code, stdout and stderr of `llava-tune ARGUMENTS`.
+    def run(self, arguments: list[str], envs: list[dict[str, str]], timeout: float) -> tuple[int, str, str]:
+        """Exit code, stdout and stderr of `llava-tune ARGUMENTS`, in a process for each environment; of several, the first code that isn't 0
+        and all that they wrote.
 
         Raises:
-            subprocess.TimeoutExpired: it took longer, and was killed.
+            subprocess.TimeoutExpired: they took longer, and were killed.
         """
         with tempfile.TemporaryDirectory() as folder:
-            out, err = Path(folder) / "out", Path(folder) / "err"
-            request = {"arguments": arguments, "env": env, "cwd": str(Path.cwd()), "out": str(out), "err": str(err)}
+            request = {"arguments": arguments, "envs": envs, "cwd": str(Path.cwd()), "folder": folder}
             assert self._process.stdin is not None and self._process.stdout is not None
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-            child = int(self._process.stdout.readline())
-            if not select.select([self._process.stdout], [], [], timeout)[0]:
-                os.killpg(child, signal.SIGKILL)
-                self._process.stdout.readline()
-                raise subprocess.TimeoutExpired(arguments, timeout, out.read_bytes(), err.read_bytes())
-            code = int(self._process.stdout.readline())
-            return code, out.read_text(), err.read_text()
+            children = json.loads(self._process.stdout.readline())
+            in_time = bool(select.select([self._process.stdout], [], [], timeout)[0])
+            for child in () if in_time else children:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child, signal.SIGKILL)
+            codes = json.loads(self._process.stdout.readline())
+            out, err = (
+                "".join(path.read_text() for path in sorted(Path(folder).glob(f"{n}-*"))) for n in ("out", "err")
+            )
+            if not in_time:
+                raise subprocess.TimeoutExpired(arguments, timeout, out, err)
+            return next((code for code in codes if code), 0), out, err
 
     def close(self) -> None:
         """End it."""
@@ -57,17 +63,25 @@ class Warm:
         self._process.wait()
 
 
-def _fork_for_each_request() -> dict[str, Any]:
-    """Returns in the children, with their request; ends the program when there are no more."""
-    while line := os.read(0, 1 << 20):
-        while not line.endswith(b"\n"):
-            line += os.read(0, 1 << 20)
-        child = os.fork()
-        if child == 0:
-            request: dict[str, Any] = json.loads(line)
-            return request
-        os.write(1, b"%d\n" % child)
-        os.write(1, b"%d\n" % os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+def _fork_for_each_request() -> tuple[int, dict[str, Any]]:
+    """Returns in the children, with their number and request; ends the program when there are no more."""
+    while line := sys.stdin.buffer.readline():
+        request: dict[str, Any] = json.loads(line)
+        children = []
+        for number in range(len(request["envs"])):
+            if (child := os.fork()) == 0:
+                os.setsid()
+                return number, request
+            children.append(child)
+        os.write(1, f"{children}\n".encode())
+        codes: dict[int, int] = {}
+        while len(codes) < len(children):
+            child, status = os.wait()
+            codes[child] = os.waitstatus_to_exitcode(status)
+            for other in children if codes[child] else ():  # as torchrun does
+                if other not in codes:
+                    os.killpg(other, signal.SIGTERM)
+        os.write(1, f"{list(codes.values())}\n".encode())
     sys.exit(0)
 
 
@@ -82,14 +96,15 @@ def _main() -> None:
     ]  # pyarrow's allocator, which starts it again after a fork
     assert len(names) == 1, f"{names}: a forked process would have only the first of these threads"
     gc.freeze()  # else each collection copies the pages of all libraries
-    request = _fork_for_each_request()
-    os.setsid()
+    number, request = _fork_for_each_request()
     os.environ.clear()
-    os.environ.update(request["env"])
+    os.environ.update(request["envs"][number])
     os.chdir(request["cwd"])
-    for number, name in ((0, os.devnull), (1, request["out"]), (2, request["err"])):
-        opened = os.open(name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(opened, number)
+    for stream, name in enumerate(
+        (os.devnull, f"{request['folder']}/out-{number}", f"{request['folder']}/err-{number}")
+    ):
+        opened = os.open(name, os.O_RDWR if stream == 0 else os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(opened, stream)
         os.close(opened)
     sys.argv[1:] = request["arguments"]
     import llava_tune.cli.main as program

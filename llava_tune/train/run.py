@@ -54,10 +54,25 @@ def train(
     work_dir = Path(run.work_dir or Path("work_dirs") / name)
     store = get_ready(run)
     # From here on torch: the data was prepared without it, and before any collective.
+    state = _fitting_state(resume, work_dir, deepspeed) if resume else None
     with process_group(deepspeed is not None):
         from llava_tune.train.session import run_session
 
-        return run_session(run, store, work_dir, accumulation, deepspeed, resume)
+        return run_session(run, store, work_dir, accumulation, deepspeed, resume, state)
+
+
+def _fitting_state(resume: str, work_dir: Path, deepspeed: dict[str, Any] | None) -> Path | None:
+    """See `resharded`; the DeepSpeed config says so if another folder is to be read."""
+    from llava_tune.train.checkpoint import find_resume
+    from llava_tune.train.reshard import resharded
+
+    checkpoint = find_resume(resume, work_dir)
+    if checkpoint is None:
+        return None
+    state = resharded(checkpoint, work_dir, deepspeed, world_size(), speak=rank() == 0)
+    if state is not None and deepspeed is not None:
+        deepspeed["checkpoint"] = {**deepspeed.get("checkpoint", {}), "load_universal": True}
+    return state
 
 
 def get_ready(run: Run) -> Path:

@@ -65,9 +65,15 @@ def use_bf16(run: Run) -> bool:
 
 
 def run_session(
-    run: Run, store: Path, work_dir: Path, accumulation: int, deepspeed: dict[str, Any] | None, resume: str | None
+    run: Run,
+    store: Path,
+    work_dir: Path,
+    accumulation: int,
+    deepspeed: dict[str, Any] | None,
+    resume: str | None,
+    state: Path | None,
 ) -> Trained:
-    """Train on a store that is ready, in a process group that has begun. See `train`."""
+    """Train on a store that is ready, in a process group that has begun. See `train`; `state` is `resharded`'s."""
     main = rank() == 0
     transform = image_transform(run.model.vision, run.dataset.pad_image_to_square, run.dataset.scaled_image_decoding)
     dataset = _dataset(run, store, transform, work_dir)
@@ -122,6 +128,7 @@ def run_session(
         llava.gradient_checkpointing_enable()
     tokenizer = load_tokenizer(run.model.llm.tokenizer or run.model.llm.name)
     trainer = _trainer(run, llava, tokenizer, dataset, transform, order, arguments, fingerprint, work_dir, start_step)
+    trainer.state_folder = state
     stop = StopOnSignal()
     trainer.add_callback(stop)
     if main:

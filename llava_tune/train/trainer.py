@@ -33,6 +33,7 @@ from llava_tune.train.checkpoint import (
 from llava_tune.train.evaluating import EvaluationCallback
 from llava_tune.train.guard import Guard, read_losses
 from llava_tune.train.optimizer import build_optimizer
+from llava_tune.train.reshard import forget, hyperparameters, mend
 from llava_tune.train.telemetry import Telemetry, read_metrics
 
 
@@ -84,6 +85,8 @@ class LlavaTrainer(Trainer):
         self.scoring = scoring
         if scoring is not None:
             scoring.trainer = self
+        self.state_folder: Path | None = None
+        """Where DeepSpeed's state is, if not in the checkpoint: see `resharded`."""
         self.ids: list[str] = []
         self._guard: Guard | None = None
         self._step_loss = torch.zeros((), device=self.args.device)
@@ -264,6 +267,16 @@ class LlavaTrainer(Trainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         # The base class would ask for every weight; frozen ones aren't in a checkpoint.
         engine: Any = self.model_wrapped
-        engine.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
+        folder = self.state_folder or resume_from_checkpoint
+        inner: torch.optim.Optimizer | None = engine.optimizer.optimizer if self.state_folder else None
+        groups = hyperparameters(inner) if inner else []
+        if engine.load_checkpoint(str(folder), load_module_strict=False)[0] is None:
+            raise RunFailed(f"DeepSpeed found no state in {folder}: it would train from the first weights again")
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        if inner:
+            scheduler: Any = self.lr_scheduler
+            mend(inner, groups, scheduler.get_last_lr())
+            barrier()  # all have read it
+            if self.args.should_save:
+                forget(self.work_dir)
         return prepared
