@@ -50,7 +50,8 @@ def test_what_does_not_fit_names_levers(vicuna: Path, cli: Callable[..., Finishe
 
 
 def test_lengths_come_from_the_store(small: Small, cli: Callable[..., Finished], tmp_path: Path) -> None:
-    refused = wrong_input(cli("plan", small.config, "--gpus", 1))
+    empty = {"LLAVA_TUNE_CACHE": str(tmp_path / "cache")}
+    refused = wrong_input(cli("plan", small.config, "--gpus", 1, env=empty))
     assert "no prepared store says how long the samples are" in refused
     assert cli("prepare", small.config, "--save-folder", tmp_path / "store").code == 0
     store = ("--dataset.offline-processed-text-folder", tmp_path / "store")

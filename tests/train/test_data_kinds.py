@@ -156,14 +156,14 @@ def test_a_folder_of_another_program_is_taken_when_told_to(
 
 
 def test_packing_on_two_processes_and_resumed_on_one(
-    small: Small, cli: Callable[..., Finished], tmp_path: Path
+    small: Small, cli: Callable[..., Finished], two_ranks: Callable[..., Finished], tmp_path: Path
 ) -> None:
     run = ("pretrain", small.config, "--training.packing", "--training.max-steps", "8", "--training.save-steps", "4")
     run = (*run, "--dataset.max-length", "200", "--training.micro-batch-size", "1", "--training.global-batch-size", "2")
     one = cli(*run, "--work-dir", tmp_path / "one")
     assert one.code == 0, one.err
     assert "packing: rows of 200 tokens" in one.err
-    two = cli(*run, "--work-dir", tmp_path / "two", env={"NPROC_PER_NODE": "2"})
+    two = two_ranks(*run, "--work-dir", tmp_path / "two")
     assert two.code == 0, two.err
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     padding = [json.loads(line)["padding"] for line in (tmp_path / "one/metrics.jsonl").read_text().splitlines()]

@@ -64,13 +64,17 @@ def test_a_projectors_checkpoint_holds_the_projector_alone(
 
 @pytest.mark.slow
 def test_a_projectors_checkpoint_under_zero_3_is_whole_and_resumes(
-    small: Small, pretrained: tuple[str, ...], cli: Callable[..., Finished], tmp_path: Path
+    small: Small,
+    pretrained: tuple[str, ...],
+    cli: Callable[..., Finished],
+    two_ranks: Callable[..., Finished],
+    tmp_path: Path,
 ) -> None:
     run = ("pretrain", small.config, *pretrained, "--training.max-steps", "4", "--training.save-steps", "2")
     zero3 = ("--deepspeed", "deepspeed_zero3")
     plain, sharded = tmp_path / "plain", tmp_path / "zero3"
     assert cli(*run, "--work-dir", plain).code == 0
-    done = cli(*run, "--work-dir", sharded, *zero3, env={"NPROC_PER_NODE": "2"})
+    done = two_ranks(*run, "--work-dir", sharded, *zero3)
     assert done.code == 0, done.err
     assert max(abs(a - b) / b for a, b in zip(losses(sharded), losses(plain), strict=True)) < 1e-4
     with (
@@ -81,7 +85,7 @@ def test_a_projectors_checkpoint_under_zero_3_is_whole_and_resumes(
         for name in a.keys():  # noqa: SIM118
             assert torch.allclose(a.get_tensor(name), b.get_tensor(name), atol=1e-3), name
     again = tmp_path / "again"
-    done = cli(*run, "--work-dir", again, *zero3, "--resume", sharded / "checkpoint-2", env={"NPROC_PER_NODE": "2"})
+    done = two_ranks(*run, "--work-dir", again, *zero3, "--resume", sharded / "checkpoint-2")
     assert done.code == 0, done.err
     assert losses(again) == losses(sharded)[2:]
 

@@ -161,7 +161,7 @@ main()
 def test_deepspeed_on_two_processes(
     small: Small,
     store: Path,
-    cli: Callable[..., Finished],
+    two_ranks: Callable[..., Finished],
     reference: tuple[Path, list[float]],
     tmp_path: Path,
     stage: int,
@@ -185,7 +185,7 @@ def test_deepspeed_on_two_processes(
     if stage == 1:  # resumes through the same code as stage 2
         return
     resume = tmp_path / "ds/checkpoint-10"
-    done = cli(*arguments, "--work-dir", tmp_path / "again", "--resume", resume, env={"NPROC_PER_NODE": "2"})
+    done = two_ranks(*arguments, "--work-dir", tmp_path / "again", "--resume", resume)
     assert done.code == 0, done.err
     close(losses(tmp_path / "again"), losses(tmp_path / "ds")[10:], 1e-6)
 
@@ -231,7 +231,11 @@ def mixed_data(small: Small, path: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("deepspeed", [(), ("--deepspeed", "deepspeed_zero2"), ("--deepspeed", "deepspeed_zero3")])
 def test_ranks_with_images_and_ranks_with_text_only(
-    small: Small, cli: Callable[..., Finished], tmp_path: Path, deepspeed: tuple[str, ...]
+    small: Small,
+    cli: Callable[..., Finished],
+    two_ranks: Callable[..., Finished],
+    tmp_path: Path,
+    deepspeed: tuple[str, ...],
 ) -> None:
     data = mixed_data(small, tmp_path / "mixed.json")
     arguments = ["pretrain", small.config, "--dataset.data-path", data, "--training.global-batch-size", "2"]
@@ -242,7 +246,7 @@ def test_ranks_with_images_and_ranks_with_text_only(
     arguments += ["--evaluation.max-new-tokens", "4", "--evaluation.batch-size", "1"]
     one = cli(*arguments, "--work-dir", tmp_path / "one")
     assert one.code == 0, one.err
-    two = cli(*arguments, "--work-dir", tmp_path / "two", *deepspeed, env={"NPROC_PER_NODE": "2"}, timeout=120)
+    two = two_ranks(*arguments, "--work-dir", tmp_path / "two", *deepspeed, timeout=120)
     assert two.code == 0, two.err
     close(losses(tmp_path / "two"), losses(tmp_path / "one"), 1e-4)
     scores = [json.loads(line) for line in (tmp_path / "two/evaluation.jsonl").read_text().splitlines()]
