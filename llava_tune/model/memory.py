@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from llava_tune.config import Model
@@ -32,16 +35,15 @@ class _Fused(torch.autograd.Function):
 
 
 class _FusedAttention(TorchFunctionMode):
-    """While it is on, scaled_dot_product_attention is `_Fused`: on the meta device PyTorch has no fused kernel to take."""
+    """While it is on, scaled_dot_product_attention is `_Fused`: for tensors without memory PyTorch has no fused kernel to take."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is nn.functional.scaled_dot_product_attention:
-            return (
-                _Fused.apply(*args[:3])
-                if len(args) >= 3
-                else _Fused.apply(*(kwargs[k] for k in ("query", "key", "value")))
-            )
-        return func(*args, **(kwargs or {}))
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        given = args[:3] if len(args) >= 3 else tuple(kwargs[k] for k in ("query", "key", "value"))
+        if torch.is_autocast_enabled("cpu"):
+            given = tuple(tensor.to(torch.get_autocast_dtype("cpu")) for tensor in given)
+        return _Fused.apply(*given)
 
 
 class SavedBytes:
@@ -69,19 +71,40 @@ class SavedBytes:
         self._hooks.__exit__(*error)
 
 
-def decoder_activations(llm: Any, rows: int, length: int, layers: int, dtype: torch.dtype) -> int:
+@contextmanager
+def _without_memory(part: nn.Module, dtype: torch.dtype, *, autocast: bool) -> Iterator[SavedBytes]:
+    """A part of a model on the meta device, on a CPU without memory while the block runs, which counts what autograd keeps. (The meta device
+    has no autocast.)
+
+    Args:
+        dtype: of the frozen weights and of what is computed.
+        autocast: trained weights are fp32, and cast where they are used; else of the same dtype.
+    """
+    with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=autocast and dtype != torch.float32), _FusedAttention():
+        for module in part.modules():
+            for name, weight in module.named_parameters(recurse=False):
+                kind = torch.float32 if autocast and weight.requires_grad else dtype
+                module.register_parameter(
+                    name, nn.Parameter(torch.empty(weight.shape, dtype=kind), weight.requires_grad)
+                )
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+        with SavedBytes(part) as saved:
+            yield saved
+
+
+def decoder_activations(llm: Any, rows: int, length: int, layers: int, dtype: torch.dtype, *, autocast: bool) -> int:
     """Bytes that the first `layers` of a language model's decoder on the meta device keep for the backward pass."""
     decoder = llm.get_decoder()
     whole, attention = decoder.layers, decoder.config._attn_implementation
     decoder.layers = whole[:layers]
     decoder.config._attn_implementation = "sdpa"
     try:
-        hidden = torch.empty(rows, length, decoder.config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
-        with _FusedAttention(), SavedBytes(llm) as saved:
+        with _without_memory(decoder, dtype, autocast=autocast) as saved:
             decoder(
-                inputs_embeds=hidden,
-                position_ids=torch.arange(length, device="meta")[None].expand(rows, -1),
-                attention_mask=torch.zeros(1, 1, 1, 2, dtype=torch.int32, device="meta"),
+                inputs_embeds=torch.empty(rows, length, decoder.config.hidden_size, dtype=dtype, requires_grad=True),
+                position_ids=torch.arange(length)[None].expand(rows, -1),
+                attention_mask=torch.zeros(1, 1, 1, 2, dtype=torch.int32),
                 use_cache=False,
             )
     finally:
@@ -152,16 +175,13 @@ def training_memory(
     share = [ranks if zero_stage >= stage else 1 for stage in (1, 2, 3)]
     optimizer = 0 if offload_optimizer else moments * trained // share[0]
     dtype = torch.bfloat16 if bf16 else torch.float32
-    for part in (llava.llm, llava.vision, llava.projector):
-        if part is not None:
-            part.to(dtype)
     layers = llava.config.num_hidden_layers
-    one, two = (decoder_activations(llava.llm, rows, length, n, dtype) for n in (1, 2))
+    one, two = (decoder_activations(llava.llm, rows, length, n, dtype, autocast=not zero_stage) for n in (1, 2))
     layer, rest = two - one, 2 * one - two
     hidden = rows * length * llava.config.hidden_size * dtype.itemsize
     activations = rest + (layers * hidden + layer if checkpointing else layers * layer)
     if llava.vision is not None and llava.projector is not None:
-        activations += _vision_activations(llava, images, dtype, checkpointing)
+        activations += _vision_activations(llava, images, dtype, checkpointing, autocast=not zero_stage)
     head = llava.llm.get_output_embeddings().weight
     logits = CHUNK_ELEMENTS * (4 + dtype.itemsize) + hidden + (4 * head.numel() if head.requires_grad else 0)
     return Memory(weights // share[2], trained_bytes * trained // share[1], optimizer, activations, logits)
@@ -171,7 +191,7 @@ def _quantized(name: str, parameter: Tensor) -> bool:
     return parameter.dim() == 2 and "embed_tokens" not in name and "lm_head" not in name
 
 
-def _vision_activations(llava: Any, images: int, dtype: torch.dtype, checkpointing: bool) -> int:
+def _vision_activations(llava: Any, images: int, dtype: torch.dtype, checkpointing: bool, *, autocast: bool) -> int:
     vision = llava.vision
     features = images * vision.tokens * vision.dim * dtype.itemsize
     out = images * vision.tokens * llava.config.hidden_size * dtype.itemsize
@@ -179,8 +199,8 @@ def _vision_activations(llava: Any, images: int, dtype: torch.dtype, checkpointi
     if not any(p.requires_grad for p in vision.parameters()):
         return int(projector)
     size = vision.input_size
-    with _FusedAttention(), SavedBytes(vision) as saved:
-        vision(torch.empty(images, 3, size, size, dtype=dtype, device="meta"))
+    with _without_memory(vision, dtype, autocast=autocast) as saved:
+        vision(torch.empty(images, 3, size, size, dtype=dtype))
     if not checkpointing:
         return int(projector + saved.bytes)
     blocks = len(
