@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 EXIT_OK = 0
 EXIT_RUN_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -25,6 +27,11 @@ class SharedInputError(InputError):
 
 class RunFailed(RuntimeError):
     """A run can't go on, and the message says all there is to say: it is printed alone, with exit code 1."""
+
+
+def launched_rank() -> str:
+    """This process's number among those that torchrun or srun started, before they have met."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
 
 
 def missing_package(package: str, extra: str, why: str) -> InputError:

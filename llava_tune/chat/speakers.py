@@ -193,4 +193,4 @@ def open_speaker(name: str) -> Speaker:
     if any(is_there() for is_there in known) or (not folder.exists() and name.count("/") == 1 and name[0] not in "./~"):
         return TransformersSpeaker(name)
     checkpoint_run(folder)  # says what is wrong with the folder
-    raise InputError(f"{name}: neither a checkpoint, nor an export, nor a Hugging Face name")
+    raise InputError(f"{name}: neither a checkpoint, nor an export, nor a Hugging Face name (OWNER/NAME)")

@@ -10,7 +10,15 @@ import sys
 import warnings
 
 from llava_tune import __version__
-from llava_tune.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RUN_FAILED, InputError, RunFailed, SharedInputError
+from llava_tune.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_OK,
+    EXIT_RUN_FAILED,
+    InputError,
+    RunFailed,
+    SharedInputError,
+    launched_rank,
+)
 
 VERBS = {
     "list-cfg": ("list_cfg", "[PATTERN]", "list the shipped recipes"),
@@ -77,7 +85,7 @@ def main() -> None:
         verb = importlib.import_module(f"llava_tune.cli.{VERBS[arguments[0]][0]}")
         verb.main(arguments[1:])
     except InputError as error:
-        if not isinstance(error, SharedInputError) or os.environ.get("RANK", "0") == "0":
+        if not isinstance(error, SharedInputError) or launched_rank() == "0":
             _complain(str(error))
         sys.exit(EXIT_BAD_INPUT)
     except (TimeoutError, RunFailed) as error:
@@ -102,7 +110,7 @@ def _quiet_libraries() -> None:
 
 
 def _complain(message: str) -> None:
-    rank = os.environ.get("RANK", "0")
+    rank = launched_rank()
     prefix = "error" if rank == "0" else f"error (rank {rank})"
     print(f"{prefix}: {message}", file=sys.stderr, flush=True)
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from llava_tune.config import schema
 from llava_tune.config.shipped import find_config
-from llava_tune.errors import InputError
+from llava_tune.errors import InputError, launched_rank
 
 A = TypeVar("A")
 
@@ -66,4 +66,12 @@ def override(command: type[A], run: schema.Run, args: list[str], prog: str, desc
     required = {f.name: None for f in fields.values() if f.default is dataclasses.MISSING and f.name != "run"}
     make: Callable[..., A] = command
     default = make(run=run, **required)
-    return tyro.cli(command, default=default, args=args, prog=prog, description=description, use_underscores=False)
+    return tyro.cli(
+        command,
+        default=default,
+        args=args,
+        prog=prog,
+        description=description,
+        use_underscores=False,
+        console_outputs=launched_rank() == "0",  # what is wrong with a config, one rank says
+    )

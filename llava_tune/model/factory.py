@@ -155,6 +155,10 @@ def checkpoint_run(checkpoint: Path) -> Run:
         InputError: not a checkpoint.
     """
     path = checkpoint / RUN_CONFIG
+    if not checkpoint.exists():
+        raise InputError(
+            f"{checkpoint}: no such folder. Expected one that training left, such as work_dirs/NAME/latest or work_dirs/NAME/checkpoint-500"
+        )
     if not path.is_file():
         found = sorted(p.name for p in checkpoint.glob("checkpoint-*")) if checkpoint.is_dir() else []
         hint = f" It holds {', '.join(found)}: name one of them" if found else ""
