@@ -15,6 +15,7 @@ import pyarrow as pa
 import xxhash
 
 from llava_tune.constants import IMAGE_TOKEN_INDEX
+from llava_tune.data.arrow import numbers, strings
 from llava_tune.data.sources import Source
 from llava_tune.data.tokens.layout import TokenizedBatch
 from llava_tune.errors import InputError
@@ -69,14 +70,14 @@ class StoreSpec:
 
 def to_arrow(batch: TokenizedBatch) -> pa.RecordBatch:
     """A record batch that shares the arrays' memory."""
-    offsets = pa.array(batch.offsets.astype("int32"))
+    offsets = numbers(batch.offsets.astype(np.int32))
     return pa.RecordBatch.from_arrays(
         [
-            pa.array(batch.ids, pa.string()),
-            pa.ListArray.from_arrays(offsets, pa.array(batch.input_ids)),
-            pa.ListArray.from_arrays(offsets, pa.array(batch.labels)),
+            strings(batch.ids, pa.string()),
+            pa.ListArray.from_arrays(offsets, numbers(batch.input_ids)),
+            pa.ListArray.from_arrays(offsets, numbers(batch.labels)),
             _lists(batch.images),
-            pa.array(batch.lengths),
+            numbers(batch.lengths),
         ],
         schema=SCHEMA,
     )
@@ -85,7 +86,7 @@ def to_arrow(batch: TokenizedBatch) -> pa.RecordBatch:
 def _lists(rows: list[list[str]]) -> pa.ListArray:
     offsets = np.zeros(len(rows) + 1, np.int32)
     np.cumsum(np.fromiter(map(len, rows), np.int32, len(rows)), out=offsets[1:])
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(list(chain.from_iterable(rows)), pa.string()))
+    return pa.ListArray.from_arrays(numbers(offsets), strings(list(chain.from_iterable(rows)), pa.string()))
 
 
 def part_name(index: int) -> str:

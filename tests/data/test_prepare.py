@@ -86,6 +86,14 @@ def test_the_tool_is_the_same_as_the_verb(small: Small, cli: Callable[..., Finis
     assert digest(tmp_path / "tool") == digest(tmp_path / "verb")
 
 
+def test_nothing_that_takes_long_is_imported(small: Small, tmp_path: Path) -> None:
+    code = "import sys\nfrom llava_tune.cli.main import main\nmain()\n"
+    code += "print('imported', sorted({'torch', 'transformers', 'datasets', 'pandas'} & set(sys.modules)))"
+    command = [sys.executable, "-c", code, "prepare", small.config, "--save-folder", tmp_path / "s"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "imported []"
+
+
 @pytest.mark.slow
 def test_kill_9_at_20_moments_of_three_shards_with_four_processes(small: Small, tmp_path: Path) -> None:
     data = many_records(small, tmp_path / "many.json", 20_000)

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from llava_tune.data.arrow import strings
+
 _SPACE = 0x20
 _META = "▁"  # what sentencepiece writes a space as
 
@@ -59,7 +61,7 @@ def cut_table(tokenizer: dict[str, Any]) -> np.ndarray | None:
 
 def cut(texts: list[str], table: np.ndarray | None) -> Words:
     """Cut texts before each space that `table` allows; without a table each text is one word."""
-    column = pa.array(texts, pa.large_string())
+    column = strings(texts, pa.large_string())
     offsets = np.frombuffer(column.buffers()[1], np.int64)[: len(texts) + 1]
     starts = offsets
     if table is not None and len(texts):
@@ -72,4 +74,8 @@ def cut(texts: list[str], table: np.ndarray | None) -> Words:
     column = pa.LargeStringArray.from_buffers(len(starts) - 1, pa.py_buffer(starts), column.buffers()[2])
     encoded = column.dictionary_encode()
     where = np.searchsorted(starts, offsets) if starts is not offsets else np.arange(len(texts) + 1)
-    return Words(encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64), where)
+    return Words(
+        encoded.dictionary.to_pylist(),
+        np.frombuffer(encoded.indices.buffers()[1], np.int32)[: len(encoded)].astype(np.int64),
+        where,
+    )
