@@ -29,6 +29,10 @@ class RunFailed(RuntimeError):
     """A run can't go on, and the message says all there is to say: it is printed alone, with exit code 1."""
 
 
+class SharedRunFailed(RunFailed):
+    """A failure that every rank of a run finds alike, so that one of them says it."""
+
+
 def launched_rank() -> str:
     """This process's number among those that torchrun or srun started, before they have met."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))

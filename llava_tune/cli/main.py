@@ -17,6 +17,7 @@ from llava_tune.errors import (
     InputError,
     RunFailed,
     SharedInputError,
+    SharedRunFailed,
     launched_rank,
 )
 
@@ -89,7 +90,8 @@ def main() -> None:
             _complain(str(error))
         sys.exit(EXIT_BAD_INPUT)
     except (TimeoutError, RunFailed) as error:
-        _complain(str(error))
+        if not isinstance(error, SharedRunFailed) or launched_rank() == "0":
+            _complain(str(error))
         sys.exit(EXIT_RUN_FAILED)
     except OSError as error:
         if error.errno != errno.ENOSPC:

@@ -16,7 +16,7 @@ from torch import Tensor
 from llava_tune.config import Run
 from llava_tune.constants import DATA_FINGERPRINT
 from llava_tune.data.store import file_hash
-from llava_tune.errors import InputError, RunFailed
+from llava_tune.errors import InputError, SharedRunFailed
 from llava_tune.model.factory import RUN_CONFIG
 from llava_tune.model.llava import Llava
 
@@ -91,7 +91,7 @@ def verify(checkpoint: Path, *, hashes: bool) -> None:
 def check_space(work_dir: Path, llava: Any) -> None:
     """
     Raises:
-        RunFailed: a checkpoint doesn't fit on the disk; on every rank at once, before anything is written or removed.
+        SharedRunFailed: a checkpoint doesn't fit on the disk; on every rank at once, before anything is written or removed.
     """
     last = checkpoints(work_dir)
     trained = sum(int(getattr(p, "ds_numel", p.numel())) for p in llava.parameters() if p.requires_grad)
@@ -103,7 +103,7 @@ def check_space(work_dir: Path, llava: Any) -> None:
         torch.distributed.all_reduce(free, torch.distributed.ReduceOp.MIN)
     if int(free) < needed:
         kept = f"{last[-1]} is whole" if last else "there is no checkpoint yet"
-        raise RunFailed(
+        raise SharedRunFailed(
             f"{work_dir}: a checkpoint takes about {needed / 1e6:,.0f} MB, and {int(free) / 1e6:,.0f} MB are free. Nothing was written "
             f"or removed; {kept}. Make space, then --resume"
         )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from llava_tune.config import Training
-from llava_tune.errors import RunFailed
+from llava_tune.errors import SharedRunFailed
 
 WINDOW = 64
 """Accepted losses that a spike is measured against."""
@@ -47,7 +47,7 @@ class Guard:
             ids: of this rank's records.
 
         Raises:
-            RunFailed: the batch is bad, and the rule is to stop.
+            SharedRunFailed: the batch is bad, and the rule is to stop.
         """
         self.skipping = False
         if not math.isfinite(loss):
@@ -65,7 +65,7 @@ class Guard:
             applied: the optimizer has made its step already (DeepSpeed does, within the backward pass).
 
         Raises:
-            RunFailed: see `judge_loss`.
+            SharedRunFailed: see `judge_loss`.
         """
         if math.isfinite(norm):
             self._in_a_row = self._in_a_row if self.skipping else 0
@@ -89,7 +89,7 @@ class Guard:
             return
         state = "The weights in memory are spoilt, no checkpoint is" if applied else "No weight was changed by it"
         often = f" for the {_IN_A_ROW}th time in a row" if self.rule == "skip" and self._in_a_row >= _IN_A_ROW else ""
-        raise RunFailed(
+        raise SharedRunFailed(
             f"step {step + 1}: {reason}{often}. The batch's records: {', '.join(whose[:8])}{' ...' if len(whose) > 8 else ''}; all "
             f"{len(whose)} are listed in {self.path}. {state}. Look at the records, lower the learning rate, or set "
             "training.bad_step='skip'; then --resume"

@@ -3,6 +3,7 @@ made once, where it is needed, before the ranks meet."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from llava_tune.errors import InputError, RunFailed, SharedInputError
+from llava_tune.errors import InputError, SharedInputError
 
 RESHARDED = ".resharded"
 
@@ -31,7 +32,7 @@ def resharded(
 
     Raises:
         InputError: the checkpoint is broken, or was made with DeepSpeed and the run is without, or the other way round, or only one
-            of them with ZeRO-3.
+            of them with ZeRO-3; or its state can't be converted.
     """
     shards = sorted(checkpoint.glob("global_step*/*_optim_states.pt"))
     # ZeRO-3 writes each rank's part of the weights, too; stages 1 and 2 read one another's.
@@ -47,9 +48,13 @@ def resharded(
         )
     if not shards or len(shards) == ranks:
         return None
+    from llava_tune.train.checkpoint import FILES
     from llava_tune.train.waiting import once
 
-    target = work_dir / RESHARDED / checkpoint.name
+    # Not its name alone: another checkpoint's state may be left there by a run that was killed.
+    listed = checkpoint / FILES
+    identity = str(checkpoint.resolve()).encode() + (listed.read_bytes() if listed.is_file() else b"")
+    target = work_dir / RESHARDED / f"{checkpoint.name}-{hashlib.sha256(identity).hexdigest()[:12]}"
     once(
         lock=target.with_suffix(".lock"),
         is_done=target.is_dir,
@@ -81,8 +86,9 @@ def _convert(checkpoint: Path, state: Path, target: Path, what: str) -> None:
     command += ["--input_folder", str(state), "--output_folder", str(part / state.name)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
+        shutil.rmtree(part)
         last = "\n".join(done.stdout.splitlines()[-15:])
-        raise RunFailed(
+        raise InputError(
             f"converting {checkpoint}'s optimizer state failed; the checkpoint is as it was. DeepSpeed's words:\n{last}"
         )
     part.rename(target)

@@ -18,7 +18,7 @@ from llava_tune.constants import DATA_FINGERPRINT
 from llava_tune.data import LlavaDataset
 from llava_tune.data.batch import IdCollator
 from llava_tune.data.order import BatchOrder
-from llava_tune.errors import RunFailed
+from llava_tune.errors import RunFailed, SharedRunFailed
 from llava_tune.model.factory import LLM_FOLDER, WEIGHTS, drawn_parts, load_weights, read_weights, write_parts
 from llava_tune.model.llava import Llava
 from llava_tune.paths import sync, sync_tree, write_whole
@@ -271,7 +271,7 @@ class LlavaTrainer(Trainer):
         inner: torch.optim.Optimizer | None = engine.optimizer.optimizer if self.state_folder else None
         groups = hyperparameters(inner) if inner else []
         if engine.load_checkpoint(str(folder), load_module_strict=False)[0] is None:
-            raise RunFailed(f"DeepSpeed found no state in {folder}: it would train from the first weights again")
+            raise SharedRunFailed(f"DeepSpeed found no state in {folder}: it would train from the first weights again")
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
         if inner:
             scheduler: Any = self.lr_scheduler
