@@ -135,7 +135,9 @@ class LlavaTrainer(Trainer):
         """Made when the first loss is there: the history of the resumed run is known then."""
         if self._guard is None:
             losses = read_losses(self.state.log_history)
-            self._guard = Guard(self.run.training, self.work_dir, self.args.process_index, losses)
+            self._guard = Guard(
+                self.run.training, self.work_dir, self.args.process_index, losses, not self.is_deepspeed_enabled
+            )
         return self._guard
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
