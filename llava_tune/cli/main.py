@@ -103,12 +103,22 @@ def main() -> None:
         sys.exit(EXIT_RUN_FAILED)
 
 
+_IDLE = ("Setting accelerator to CPU", "No CUDA runtime is found", "Gradient accumulation steps mismatch")
+
+
 def _quiet_libraries() -> None:
-    """What they warn of says nothing to a user here: names of theirs that will change, kernels of a GPU that isn't there."""
+    """What they warn of says nothing to a user here: names of theirs that will change, kernels of a GPU that isn't there, that
+    the Trainer counts micro batches itself."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in ("DeepSpeed", "torch.utils.cpp_extension", "accelerate.accelerator"):  # which set their own levels
+        logging.getLogger(name).addFilter(lambda record: not any(text in record.getMessage() for text in _IDLE))
     if not sys.warnoptions:
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")
+        warnings.filterwarnings(
+            "ignore", message="Grad strides do not match bucket view strides"
+        )  # of one small convolution
 
 
 def _complain(message: str) -> None:
