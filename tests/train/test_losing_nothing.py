@@ -38,8 +38,10 @@ def read_lines(path: Path) -> list[dict[str, object]]:
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_names_the_records(
-    small: Small, cli: Callable[..., Finished], tmp_path: Path
+    small: Small, cli: Callable[..., Finished], two_ranks: Callable[..., Finished], tmp_path: Path
 ) -> None:
+    both = two_ranks("pretrain", small.config, "--work-dir", tmp_path / "two", "--optimizer.learning-rate", "1e30")
+    assert both.code == 1 and both.err.count("\nerror") == 1 and "error (rank 1)" not in both.err, both.err
     done = cli("pretrain", small.config, "--work-dir", tmp_path / "run", "--optimizer.learning-rate", "1e30")
     assert done.code == 1, done.err
     assert "Traceback" not in done.err
@@ -51,7 +53,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_names_the_records(
 
     bundle = json.loads((tmp_path / "run/crash/rank-00000.json").read_text())
     assert bundle["ids"] == entry["ids"]
-    assert bundle["error"].startswith("RunFailed") and any("judge" in line for line in bundle["traceback"])
+    assert bundle["error"].startswith("SharedRunFailed") and any("judge" in line for line in bundle["traceback"])
     assert torch.__version__.startswith(bundle["versions"]["torch"])
     assert bundle["config"]["optimizer"]["learning_rate"] == 1e30
     assert [row["step"] for row in bundle["last_metrics"]] == list(range(1, len(losses(tmp_path / "run")) + 1))

@@ -25,6 +25,7 @@ def test_two_ranks_then_one_then_two_have_the_curve_of_two(
     run = ("pretrain", small.config, *PARTS, "--deepspeed", f"deepspeed_zero{stage}")
     done = two_ranks(*run, "--work-dir", tmp_path / "two")
     assert done.code == 0, done.err
+    (tmp_path / "one/.resharded/checkpoint-4").mkdir(parents=True)  # what a killed run left of another checkpoint
     one = cli(*run, "--work-dir", tmp_path / "one", "--resume", tmp_path / "two/checkpoint-4")
     assert one.code == 0, one.err
     assert "optimizer state from 2 rank(s) to 1" in one.err
