@@ -35,11 +35,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def upload(page: Any, file: Path) -> None:
-    """Choose a file, and wait until the server has it and the page knows."""
+def ask(page: Any, text: str, file: Path) -> None:
+    """Choose a file, wait until the server has it and the page shows it, and send it with a text; not while an answer is being made."""
+    page.locator(".submit-button").first.wait_for(timeout=60_000)
     with page.expect_response(lambda response: "/upload" in response.url, timeout=60_000):
         page.set_input_files("input[type=file]", str(file))
-    page.wait_for_timeout(1500)
+    page.locator(".thumbnail-item").first.wait_for(timeout=60_000)
+    box = page.locator("textarea").first
+    box.fill(text)
+    box.press("Enter")
+    page.get_by_test_id("user").filter(has_text=text).first.wait_for(timeout=60_000)
 
 
 def test_a_picture_is_uploaded_and_the_answer_read(
@@ -64,9 +69,7 @@ def test_a_picture_is_uploaded_and_the_answer_read(
         box = page.locator("textarea").first
         box.wait_for(timeout=60_000)
         assert page.get_by_text("What is in the picture?").count() == 1  # the example to click on
-        upload(page, pictures[0])
-        box.fill("What is this?")
-        box.press("Enter")
+        ask(page, "What is this?", pictures[0])
         said = page.get_by_test_id("bot")
         said.first.wait_for(timeout=60_000)
         page.wait_for_function(
@@ -78,9 +81,7 @@ def test_a_picture_is_uploaded_and_the_answer_read(
         # What is no picture is said to be none, and the page lives on.
         broken = tmp_path / "broken.png"
         broken.write_bytes(pictures[0].read_bytes()[:60])
-        upload(page, broken)
-        box.fill("And this?")
-        box.press("Enter")
+        ask(page, "And this?", broken)
         page.get_by_text("can't be decoded").first.wait_for(timeout=60_000)
     finally:
         server.terminate()

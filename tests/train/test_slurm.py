@@ -48,7 +48,7 @@ def test_two_nodes_have_the_losses_of_one(
 def test_an_impossible_batch_is_one_message_and_exit_code_2(slurm: None, small: Small, tmp_path: Path) -> None:
     run = ("pretrain", small.config, "--work-dir", tmp_path / "x", "--launcher", "slurm")
     unknown = srun(*run, "--training.micro-batch", "3")
-    assert unknown.code == 2 and unknown.err.count("Unrecognized") == 1, unknown.err
+    assert unknown.code == 2 and unknown.err.count("Unrecognized options: ") == 1, unknown.err
     done = srun(*run, "--training.global-batch-size", "3")
     assert done.code == 2
     messages = [line for line in done.err.splitlines() if "error" in line and "global_batch_size" in line]
