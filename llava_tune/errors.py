@@ -33,9 +33,15 @@ class SharedRunFailed(RunFailed):
     """A failure that every rank of a run finds alike, so that one of them says it."""
 
 
-def launched_rank() -> str:
-    """This process's number among those that torchrun or srun started, before they have met."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+def launched_rank(arguments: list[str]) -> str:
+    """This process's number among those that torchrun or srun started for one run, before they have met.
+
+    Args:
+        arguments: of the command line. Only --launcher slurm says that the tasks of a step are the ranks of a run; else each may have a
+            command line of its own, and says itself what is wrong with it.
+    """
+    ranks = "SLURM_PROCID" if "slurm" in arguments or "--launcher=slurm" in arguments else "RANK"
+    return os.environ.get("RANK", os.environ.get(ranks, "0"))
 
 
 def missing_package(package: str, extra: str, why: str) -> InputError:

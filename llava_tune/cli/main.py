@@ -86,11 +86,11 @@ def main() -> None:
         verb = importlib.import_module(f"llava_tune.cli.{VERBS[arguments[0]][0]}")
         verb.main(arguments[1:])
     except InputError as error:
-        if not isinstance(error, SharedInputError) or launched_rank() == "0":
+        if not isinstance(error, SharedInputError) or launched_rank(sys.argv[1:]) == "0":
             _complain(str(error))
         sys.exit(EXIT_BAD_INPUT)
     except (TimeoutError, RunFailed) as error:
-        if not isinstance(error, SharedRunFailed) or launched_rank() == "0":
+        if not isinstance(error, SharedRunFailed) or launched_rank(sys.argv[1:]) == "0":
             _complain(str(error))
         sys.exit(EXIT_RUN_FAILED)
     except OSError as error:
@@ -122,7 +122,7 @@ def _quiet_libraries() -> None:
 
 
 def _complain(message: str) -> None:
-    rank = launched_rank()
+    rank = launched_rank(sys.argv[1:])
     prefix = "error" if rank == "0" else f"error (rank {rank})"
     print(f"{prefix}: {message}", file=sys.stderr, flush=True)
 

@@ -73,5 +73,5 @@ def override(command: type[A], run: schema.Run, args: list[str], prog: str, desc
         prog=prog,
         description=description,
         use_underscores=False,
-        console_outputs=launched_rank() == "0",  # what is wrong with a config, one rank says
+        console_outputs=launched_rank(args) == "0",  # what is wrong with a config, one rank says
     )

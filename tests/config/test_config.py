@@ -65,6 +65,16 @@ def test_everything_frozen_is_refused(tmp_path: Path, small: Small) -> None:
         load_run(tmp_path / "c.py")
 
 
+def test_a_wrong_flag_is_said_by_one_rank_of_a_run_and_by_each_task_of_its_own(
+    small: Small, cli: Callable[..., Finished]
+) -> None:
+    run, task = ("pretrain", small.config, "--training.micro-batch", "3"), {"SLURM_PROCID": "1"}
+    alone = cli(*run, env=task)  # a task of a step whose tasks do different work
+    assert alone.code == 2 and "--training.micro-batch-size" in alone.err
+    rank = cli(*run, "--launcher", "slurm", env=task)
+    assert rank.code == 2 and not rank.err
+
+
 def test_every_field_is_a_flag_and_help_shows_meaning_and_value(small: Small, cli: Callable[..., Finished]) -> None:
     text = cli("pretrain", small.config, "--help").out
     flat: list[str] = []
