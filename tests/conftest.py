@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from llava_tune.train.launch import free_port
 from tests.warm import Warm
 
 # The same examples in every run, so that a red CI is this commit's doing; HYPOTHESIS_PROFILE=explore looks for new ones.
@@ -74,10 +74,12 @@ def two_ranks(warm: Warm) -> Callable[..., Finished]:
     """Two processes with what torchrun sets, less torchrun itself."""
 
     def run(*arguments: object, timeout: float = 300) -> Finished:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        shared = {
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }
         common = {**os.environ, "OMP_NUM_THREADS": "1", **shared}
         ranks = [{**common, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
         return Finished(*warm.run([*map(str, arguments), "--launcher", "torchrun"], ranks, timeout))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from llava_tune.cluster.preflight import Seen, verdict
+from llava_tune.train.launch import free_port
 from tests.conftest import Finished, Small
 
 
@@ -43,12 +43,6 @@ def start(small: Small, work_dir: Path, rank: int, address: str, port: int, *mor
     command = [sys.executable, "-m", "llava_tune.cli.main", "preflight", small.config, "--work-dir", work_dir]
     command += ["--launcher", "torchrun", "--patience", 60, *more]
     return subprocess.Popen([str(c) for c in command], env=env, stderr=subprocess.PIPE, text=True)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return min(int(probe.getsockname()[1]), 60_000)
 
 
 def test_two_ranks_over_ipv6(small: Small, tmp_path: Path) -> None:

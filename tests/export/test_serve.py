@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from llava_tune.evaluate.answer import Answerer
+from llava_tune.train.launch import free_port
 from tests.conftest import Finished, Small, wrong_input
 
 pytestmark = pytest.mark.timeout(400)
@@ -27,9 +28,7 @@ def test_an_openai_client_gets_our_answers(
 ) -> None:
     openai = pytest.importorskip("openai")
     pytest.importorskip("fastapi")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = ["serve", clip, "--port", port, "--dtype", "fp32"]
     process = subprocess.Popen(
         [sys.executable, "-m", "llava_tune.cli.main", *map(str, command)],
