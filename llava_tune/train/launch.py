@@ -31,6 +31,9 @@ def processes_to_start() -> int:
             raise InputError(
                 f"{name} is {value!r}; expected a number of {'processes' if name[1] == 'P' else 'nodes'}, such as 8"
             )
+    for name in ("NODE_RANK", "PORT", "MAX_RESTARTS"):
+        if not os.environ.get(name, "0").isdigit():
+            raise InputError(f"{name} is {os.environ[name]!r}; expected a number, 0 or more")
     if given["NNODES"] != "1" and "ADDR" not in os.environ:
         raise InputError(
             f"NNODES is {given['NNODES']}, but ADDR is not set: the nodes meet at the address of the one with NODE_RANK=0. Start on "

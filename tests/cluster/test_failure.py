@@ -77,6 +77,8 @@ def test_several_nodes_need_an_address(cli: Callable[..., Finished], small: Smal
     run = ("pretrain", small.config, "--work-dir", tmp_path / "w")
     said = wrong_input(cli(*run, env={"NPROC_PER_NODE": "2", "NNODES": "2"}))
     assert "NNODES is 2, but ADDR is not set" in said and not (tmp_path / "w").exists()
+    restarts = {"NPROC_PER_NODE": "2", "MAX_RESTARTS": "x"}
+    assert "MAX_RESTARTS is 'x'; expected a number" in wrong_input(cli(*run, env=restarts))
     assert "NPROC_PER_NODE is 'gpu'" in wrong_input(cli(*run, env={"NPROC_PER_NODE": "gpu"}))
 
 
