@@ -186,14 +186,10 @@ def put_together(
         return [seen], [], judge([seen], [])
     everyone = [f"seen-{r}" for r in range(world_size())]
     wait = timedelta(seconds=patience)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]) + turn
     try:
-        store = dist.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]) + turn,
-            is_master=rank() == 0,
-            timeout=wait,
-            wait_for_workers=False,
-        )
+        _until_reachable(address, port, patience)
+        store = dist.TCPStore(address, port, is_master=rank() == 0, timeout=wait, wait_for_workers=False)
         store.set(f"seen-{rank()}", json.dumps(asdict(seen)))
         if rank():
             store.wait(["verdict"], 2 * wait)
@@ -201,10 +197,9 @@ def put_together(
             store.set(f"heard-{rank()}", "1")
             return [], [], good
     except (RuntimeError, OSError) as error:
-        where = os.environ["MASTER_ADDR"]
         message = str(error).splitlines()[0]
         raise RunFailed(
-            f"rank {seen.rank} on {seen.host} can't reach rank 0 at {where} within {patience:.0f} s: {message}"
+            f"rank {seen.rank} on {seen.host} can't reach rank 0 at {address} within {patience:.0f} s: {message}"
         ) from error
     _until(lambda: store.check(everyone), patience)
     came = [r for r in range(world_size()) if store.check([f"seen-{r}"])]
@@ -214,6 +209,28 @@ def put_together(
     store.set("verdict", "good" if good else "bad")
     _until(lambda: store.check([f"heard-{r}" for r in came if r]), 10)  # the store goes with this process
     return found, absent, good
+
+
+def _until_reachable(address: str, port: int, seconds: float) -> None:
+    """Wait until rank 0 listens; on rank 0 itself, until there is a way to its own address. TCPStore alone would wait twice as long as it is
+    told, print a trace each time, and not say why.
+
+    Raises:
+        OSError: it didn't come to that.
+    """
+    kind = socket.SOCK_STREAM if rank() else socket.SOCK_DGRAM  # a datagram socket "connects" without a word sent
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            for family, _, _, _, where in socket.getaddrinfo(address, port, type=kind):
+                with socket.socket(family, kind) as probe:
+                    probe.settimeout(max(1.0, deadline - time.monotonic()))
+                    probe.connect(where)
+                return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.2)
 
 
 def _until(true: Callable[[], bool], seconds: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -45,6 +46,16 @@ def start(small: Small, work_dir: Path, rank: int, address: str, port: int, *mor
     return subprocess.Popen([str(c) for c in command], env=env, stderr=subprocess.PIPE, text=True)
 
 
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 (::1 is no address of it)")
 def test_two_ranks_over_ipv6(small: Small, tmp_path: Path) -> None:
     port = free_port()
     both = [start(small, tmp_path, rank, "::1", port) for rank in range(2)]
@@ -60,6 +71,16 @@ def test_a_rank_that_never_comes_hangs_nobody(small: Small, tmp_path: Path, rank
     assert process.returncode == 1
     expected = "error: rank 1 did not come" if rank == 0 else "can't reach rank 0 at 127.0.0.1 within 3 s"
     assert expected in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("address", ["no-such-host.invalid", "255.255.255.255"])
+def test_an_address_that_leads_nowhere_is_said(small: Small, tmp_path: Path, rank: int, address: str) -> None:
+    process = start(small, tmp_path, rank, address, free_port(), "--patience", 2)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert f"can't reach rank 0 at {address} within 2 s: [Errno " in error
+    assert len(error.splitlines()) == 1, error
 
 
 def test_data_that_is_not_there_is_named(small: Small, cli: Callable[..., Finished], tmp_path: Path) -> None:
