@@ -328,8 +328,7 @@ class Training:
     """Optimizer steps between lines of metrics.jsonl and TensorBoard."""
     bad_step: Literal["stop", "skip"] = "stop"
     """What to do with a global batch whose loss or gradient is no finite number, or whose loss jumps (spike_factor): end the run
-    before it changes a weight, or leave its update out, at most five times in a row. Its record ids go to skipped.jsonl.
-    With DeepSpeed: stop."""
+    before it changes a weight, or leave its update out, at most five times in a row. Its record ids go to skipped.jsonl."""
     spike_factor: NonNegativeFloat = 0.0
     """A loss above this many times the median of the last 64 is a jump; 0: none is."""
     hang_timeout: NonNegativeFloat = 1800.0

@@ -29,13 +29,11 @@ class Guard:
 
     Args:
         losses: of the run so far, oldest first.
-        may_skip: this run could leave a batch out (with DeepSpeed none can).
     """
 
-    def __init__(self, training: Training, work_dir: Path, rank: int, losses: list[float], may_skip: bool) -> None:
+    def __init__(self, training: Training, work_dir: Path, rank: int, losses: list[float]) -> None:
         self.rule, self.factor, self.rank = training.bad_step, training.spike_factor, rank
         self.path = work_dir / "skipped.jsonl"
-        self.may_skip = may_skip
         self.losses = deque((x for x in losses if math.isfinite(x)), maxlen=WINDOW)
         self.skipping = False
         self._in_a_row = 0
@@ -64,7 +62,7 @@ class Guard:
         """After the backward pass.
 
         Args:
-            applied: the optimizer has made its step already (DeepSpeed does, within the backward pass).
+            applied: the optimizer has made its step already (DeepSpeed does, within the backward pass, if it doesn't look at the norm).
 
         Raises:
             SharedRunFailed: see `judge_loss`.
@@ -91,10 +89,10 @@ class Guard:
             return
         state = "The weights in memory are spoilt, no checkpoint is" if applied else "No weight was changed by it"
         often = f" for the {_IN_A_ROW}th time in a row" if self.rule == "skip" and self._in_a_row >= _IN_A_ROW else ""
-        skip = ", or set training.bad_step='skip'" if self.may_skip else ""
         raise SharedRunFailed(
             f"step {step + 1}: {reason}{often}. The batch's records: {', '.join(whose[:8])}{' ...' if len(whose) > 8 else ''}; all "
-            f"{len(whose)} are listed in {self.path}. {state}. Look at the records, lower the learning rate{skip}; then --resume"
+            f"{len(whose)} are listed in {self.path}. {state}. Look at the records, lower the learning rate, or set "
+            "training.bad_step='skip'; then --resume"
         )
 
 

@@ -40,6 +40,7 @@ from llava_tune.train.preview import PreviewCallback
 from llava_tune.train.stopping import StopOnSignal
 from llava_tune.train.telemetry import Telemetry, draw_loss_curve
 from llava_tune.train.trainer import LlavaTrainer, forget_ids_after
+from llava_tune.train.zero import drops_spoilt_steps
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,10 @@ def run_session(
         raise InputError(
             f"{work_dir} holds checkpoints of an earlier run. Go on with it: --resume; start anew: another --work-dir, or remove it"
         )
-    if deepspeed is not None and run.training.bad_step == "skip":
+    if deepspeed is not None and run.training.bad_step == "skip" and not drops_spoilt_steps(deepspeed):
         raise SharedInputError(
-            "training.bad_step='skip' can't be had with DeepSpeed, whose engine makes the update within the backward pass: use 'stop'"
+            "training.bad_step='skip' needs a DeepSpeed config that looks at its gradients before it uses them: zero_optimization.stage 1, "
+            "2 or 3, and bf16.check_grad_overflow not false. Change the config, or use bad_step='stop'"
         )
     work_dir.mkdir(parents=True, exist_ok=True)
     start_step = step_of(checkpoint) if checkpoint else 0

@@ -100,10 +100,10 @@ class Telemetry(TrainerCallback):
     """Measures at each logging step, and writes it on rank 0; on resume, lines after the resumed step go.
 
     A line has: step, epoch, loss (null if it was no number), loss_smooth (mean of the last 50 lines), grad_norm,
-    grad_norm_vision, grad_norm_projector, grad_norm_llm (without DeepSpeed), learning_rate, tokens_per_second and
-    supervised_tokens_per_second (all ranks, image patches counted, padding not), samples_per_second, tflops (model operations a
-    second of one device, / 1e12: `model.flops`), mfu (its share of the device's peak; null where that isn't known), padding
-    (share of the slots), data_wait (share of the time, the slowest rank's), memory_gb (peak, this rank), seconds.
+    grad_norm_vision, grad_norm_projector, grad_norm_llm, learning_rate, tokens_per_second and supervised_tokens_per_second
+    (all ranks, image patches counted, padding not), samples_per_second, tflops (model operations a second of one device, / 1e12:
+    `model.flops`), mfu (its share of the device's peak; null where that isn't known), padding (share of the slots), data_wait (share
+    of the time, the slowest rank's), memory_gb (peak, this rank), seconds.
     """
 
     def __init__(

@@ -35,6 +35,7 @@ from llava_tune.train.guard import Guard, read_losses
 from llava_tune.train.optimizer import build_optimizer
 from llava_tune.train.reshard import forget, hyperparameters, mend
 from llava_tune.train.telemetry import Telemetry, read_metrics
+from llava_tune.train.zero import before_each_step, gradient_squares
 
 
 def ids_path(work_dir: Path, rank: int) -> Path:
@@ -91,6 +92,7 @@ class LlavaTrainer(Trainer):
         self._guard: Guard | None = None
         self._step_loss = torch.zeros((), device=self.args.device)
         self._component_norms: dict[str, float] = {}
+        self._squares: dict[str, float] = {}
 
     # -- data --
 
@@ -135,9 +137,7 @@ class LlavaTrainer(Trainer):
         """Made when the first loss is there: the history of the resumed run is known then."""
         if self._guard is None:
             losses = read_losses(self.state.log_history)
-            self._guard = Guard(
-                self.run.training, self.work_dir, self.args.process_index, losses, not self.is_deepspeed_enabled
-            )
+            self._guard = Guard(self.run.training, self.work_dir, self.args.process_index, losses)
         return self._guard
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -155,30 +155,39 @@ class LlavaTrainer(Trainer):
             loss_of_all = float(self._step_loss) / self.args.world_size
             self.guard.judge_loss(self.state.global_step, loss_of_all, self.ids)
             self._step_loss.zero_()
+            if self.guard.skipping and self.is_deepspeed_enabled:
+                # The engine makes no step with such gradients, and clears them.
+                loss.register_hook(lambda gradient: gradient * torch.nan)
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """The norm before clipping; a bad batch's gradients are dropped here, so that the optimizer's step changes nothing."""
+        """The norm before clipping; a bad batch's gradients are dropped here, so that the optimizer's step changes nothing (DeepSpeed has
+        made or left out its step by now)."""
         norm = super()._get_grad_norm(model, grad_norm)
-        applied = self.is_deepspeed_enabled
+        deepspeed = self.is_deepspeed_enabled
+        engine: Any = self.model_wrapped
         if norm is not None:
+            applied = deepspeed and engine.was_step_applied()
             self.guard.judge_norm(self.state.global_step, float(norm), self.ids, applied)
-        if self.guard.skipping:
+        if self.guard.skipping and deepspeed:
+            engine.optimizer.overflow = False  # else the Trainer would not move the schedule on
+        elif self.guard.skipping:
             model.zero_grad(set_to_none=True)
-        elif not applied and (self.state.global_step + 1) % self.args.logging_steps == 0:
-            self._component_norms = self._norms_of_components(float(norm))
+        elif self._is_logged():
+            llava: Any = self.model
+            squares = self._squares if deepspeed else whole_squares(llava)
+            # As they were before clipping.
+            scale = float(norm) / max(sum(squares.values()) ** 0.5, 1e-30)
+            self._component_norms = {f"grad_norm_{k}": v**0.5 * scale for k, v in squares.items() if v}
         return norm
 
-    def _norms_of_components(self, total: float) -> dict[str, float]:
-        """Gradient norms of vision, projector and llm, as they were before clipping."""
-        gradients: dict[str, list[torch.Tensor]] = {}
+    def _is_logged(self) -> bool:
+        return (self.state.global_step + 1) % self.args.logging_steps == 0
+
+    def _keep_squares(self) -> None:
         llava: Any = self.model
-        for name, parameter in llava.named_parameters():
-            if parameter.grad is not None:
-                gradients.setdefault(name.split(".", 1)[0], []).append(parameter.grad)
-        norms = {name: float(torch.nn.utils.get_total_norm(some)) for name, some in gradients.items()}
-        clipped = sum(norm**2 for norm in norms.values()) ** 0.5
-        return {f"grad_norm_{name}": norm * total / max(clipped, 1e-30) for name, norm in norms.items()}
+        if self._is_logged():
+            self._squares = gradient_squares(llava)
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Add what was measured, for every reporter."""
@@ -264,11 +273,14 @@ class LlavaTrainer(Trainer):
         load_weights(llava, read_weights(Path(resume_from_checkpoint)), resume_from_checkpoint)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        if resume_from_checkpoint is None or not self.is_deepspeed_enabled:
+        if not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        # The base class would ask a checkpoint for every weight; frozen ones aren't there.
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        # The base class would ask for every weight; frozen ones aren't in a checkpoint.
         engine: Any = self.model_wrapped
+        before_each_step(engine, self._keep_squares)
+        if resume_from_checkpoint is None:
+            return prepared
         folder = self.state_folder or resume_from_checkpoint
         inner: torch.optim.Optimizer | None = engine.optimizer.optimizer if self.state_folder else None
         groups = hyperparameters(inner) if inner else []
@@ -282,3 +294,12 @@ class LlavaTrainer(Trainer):
             if self.args.should_save:
                 forget(self.work_dir)
         return prepared
+
+
+def whole_squares(llava: Llava) -> dict[str, float]:
+    """Of each component, the sum of its gradients' squares."""
+    gradients: dict[str, list[torch.Tensor]] = {}
+    for name, parameter in llava.named_parameters():
+        if parameter.grad is not None:
+            gradients.setdefault(name.split(".", 1)[0], []).append(parameter.grad)
+    return {name: float(torch.nn.utils.get_total_norm(some)) ** 2 for name, some in gradients.items()}

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def flags(**values: object) -> list[str]:
     return [part for name, value in values.items() for part in ("--training." + name.replace("_", "-"), str(value))]
 
 
-def read_lines(path: Path) -> list[dict[str, object]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -48,7 +49,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_names_the_records(
     assert "the loss is nan" in done.err or "norm is" in done.err
     (entry,) = read_lines(tmp_path / "run/skipped.jsonl")
     known = {str(record["id"]) for record in json.loads(small.captions.read_text())}
-    assert len(entry["ids"]) == 4 and set(entry["ids"]) <= known  # type: ignore[arg-type]
+    assert len(entry["ids"]) == 4 and set(entry["ids"]) <= known
     assert entry["rule"] == "stop"
 
     bundle = json.loads((tmp_path / "run/crash/rank-00000.json").read_text())
@@ -76,15 +77,46 @@ def test_a_jump_of_the_loss_is_skipped_and_named(small: Small, cli: Callable[...
     done = cli(*common, "--work-dir", tmp_path / "skip", *flags(bad_step="skip"))
     assert done.code == 0, done.err
     skipped = read_lines(tmp_path / "skip/skipped.jsonl")
-    assert skipped and all("odd" in entry["ids"] for entry in skipped), skipped  # type: ignore[operator]
+    assert skipped and all("odd" in entry["ids"] for entry in skipped), skipped
     assert len(losses(tmp_path / "skip")) == 60
     stopped = cli(*common, "--work-dir", tmp_path / "stop")
     assert stopped.code == 1 and "times the median" in stopped.err and "odd" in stopped.err
     # Both runs are the same up to there, and the run that stopped has made no step with that batch.
-    first = int(skipped[0]["step"])  # type: ignore[call-overload]
+    first = int(skipped[0]["step"])
     assert losses(tmp_path / "stop") == losses(tmp_path / "skip")[: first - 1]
-    refused = cli(*common, "--work-dir", tmp_path / "no", *flags(bad_step="skip"), "--deepspeed", "deepspeed_zero2")
-    assert "can't be had with DeepSpeed" in wrong_input(refused)
+    blind = tmp_path / "blind.json"
+    blind.write_text(json.dumps({"zero_optimization": {"stage": 0}, "train_micro_batch_size_per_gpu": "auto"}))
+    refused = cli(*common, "--work-dir", tmp_path / "no", *flags(bad_step="skip"), "--deepspeed", blind)
+    assert "looks at its gradients" in wrong_input(refused)
+
+
+@pytest.mark.slow
+def test_deepspeed_skips_what_a_run_without_it_skips(
+    small: Small, cli: Callable[..., Finished], two_ranks: Callable[..., Finished], tmp_path: Path
+) -> None:
+    data = odd_data(small, tmp_path / "odd.json")
+    common = ("finetune", small.config, "--dataset.data-path", data)
+    common += tuple(flags(max_steps=30, spike_factor=1.7, bad_step="skip"))
+
+    def run(
+        name: str, command: Callable[..., Finished], *more: str
+    ) -> tuple[list[dict[str, Any]], dict[int, set[str]]]:
+        done = command(*common, "--work-dir", tmp_path / name, *more)
+        assert done.code == 0, done.err
+        skipped: list[Any] = read_lines(tmp_path / name / "skipped.jsonl")
+        return read_lines(tmp_path / name / "metrics.jsonl"), {e["step"]: set(e["ids"]) for e in skipped}
+
+    expected, skipped = run("plain", cli)
+    assert skipped and len(expected) == 30
+    for preset in ("deepspeed_zero2", "deepspeed_zero3_offload"):
+        rows, left_out = run(preset, two_ranks, "--deepspeed", preset)
+        assert left_out == skipped
+        for row, other in zip(rows, expected, strict=True):
+            # The schedule goes on over a step left out, in both.
+            assert row["learning_rate"] == pytest.approx(other["learning_rate"], rel=1e-9)
+            assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
+            norms = {k: v for k, v in row.items() if k.startswith("grad_norm_") and row["step"] not in skipped}
+            assert norms == pytest.approx({k: other[k] for k in norms}, rel=2e-3)
 
 
 def test_a_skipped_step_changes_no_weight(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from llava_tune.config import load_run
 from llava_tune.model.memory import training_memory
+from llava_tune.train.telemetry import read_metrics
 from tests.conftest import TORCHRUN, Finished, Small, losses, wrong_input
 from tests.train.conftest import STEPS, close, offline
 
@@ -89,6 +90,10 @@ def test_deepspeed_on_two_processes(
         assert (counted["weights"], counted["optimizer"]) == (plan.weights, plan.optimizer)
     close(losses(tmp_path / "ds"), reference[1], 1e-4)
     check_weights(tmp_path / "ds/checkpoint-20", reference[0] / "checkpoint-20")
+    norms = [
+        [r["grad_norm_projector"] for r in read_metrics(w / "metrics.jsonl")] for w in (tmp_path / "ds", reference[0])
+    ]
+    close(*norms, 1e-3)
     if stage == 1:  # resumes through the same code as stage 2
         return
     resume = tmp_path / "ds/checkpoint-10"
