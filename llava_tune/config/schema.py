@@ -324,6 +324,8 @@ class Training:
     """Optimizer steps between checkpoints; one is always written at the end."""
     save_total_limit: PositiveInt = 2
     """Checkpoints kept."""
+    save_in_background: bool = True
+    """Copy a checkpoint to memory at its step and write it while training goes on, where memory is free for the copy."""
     logging_steps: PositiveInt = 1
     """Optimizer steps between lines of metrics.jsonl and TensorBoard."""
     bad_step: Literal["stop", "skip"] = "stop"

@@ -158,8 +158,8 @@ def _decisive(run: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def gather_state(llava: Llava, keep: frozenset[str]) -> dict[str, Tensor]:
-    """`Llava.trained_state` on the CPU, whole weights also where ZeRO-3 has partitioned them (on rank 0)."""
+def gather_state(llava: Llava, keep: frozenset[str], main: bool) -> dict[str, Tensor]:
+    """`Llava.trained_state`, whole weights also where ZeRO-3 has partitioned them: all ranks gather, and the one that is `main` keeps."""
     state = llava.trained_state(keep)
     partitioned = {n: p for n, p in llava.named_parameters() if n in state and hasattr(p, "ds_id")}
     if partitioned:
@@ -167,12 +167,27 @@ def gather_state(llava: Llava, keep: frozenset[str]) -> dict[str, Tensor]:
 
         for name, parameter in partitioned.items():
             with deepspeed.zero.GatheredParameters([parameter]):
-                state[name] = parameter.detach().cpu().clone()
-    return {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+                if main:
+                    state[name] = parameter.detach().to("cpu", copy=True)
+    return {name: value.detach().contiguous() for name, value in state.items()} if main else {}
+
+
+def rotate(work_dir: Path, limit: int, best: Path | None) -> None:
+    """Remove the oldest checkpoints until `limit` are left; the last and the best stay. A kill leaves each whole or absent."""
+    found = checkpoints(work_dir)
+    kept = {found[-1], best} & set(found)
+    for checkpoint in reversed(found):
+        if len(kept) < limit:
+            kept.add(checkpoint)
+    for checkpoint in found:
+        if checkpoint not in kept:
+            going = work_dir / STAGING / f".removed-{checkpoint.name}"
+            checkpoint.rename(going)
+            shutil.rmtree(going)
 
 
 def clear_staging(work_dir: Path) -> None:
-    """Remove what a killed run left half-written."""
+    """Remove what a killed run left half-written or half-removed."""
     shutil.rmtree(work_dir / STAGING, ignore_errors=True)
 
 

@@ -93,10 +93,10 @@ class EvaluationCallback(TrainerCallback):
         if self.trainer is not None:
             self.trainer.log({"eval_score": score})
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The best checkpoint is there now: name it."""
-        if self.rank == 0 and self.best is not None and self.best[1].is_dir():
-            score, folder = self.best
+    def name(self, best: tuple[float, Path]) -> None:
+        """Name the best checkpoint, if it is there."""
+        score, folder = best
+        if folder.is_dir():
             write_whole(
                 self.work_dir / BEST, json.dumps({"checkpoint": folder.name, "step": step_of(folder), "score": score})
             )

@@ -140,7 +140,12 @@ def run_session(
         trainer.add_callback(heartbeat)
         if trainer.scoring is not None:
             trainer.scoring.alive = heartbeat.beat
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.saver.wait()
+        finally:
+            trainer.saver.close()
+        barrier()
     last = checkpoints(work_dir)[-1]
     stopped = stop.stopped and step_of(last) < order.total_steps
     if main:

@@ -3,37 +3,31 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import rotate_checkpoints
 
 from llava_tune.config import Run
 from llava_tune.constants import DATA_FINGERPRINT
 from llava_tune.data import LlavaDataset
 from llava_tune.data.batch import IdCollator
 from llava_tune.data.order import BatchOrder
-from llava_tune.errors import RunFailed, SharedRunFailed
+from llava_tune.errors import SharedRunFailed
 from llava_tune.model.factory import LLM_FOLDER, WEIGHTS, drawn_parts, load_weights, read_weights, write_parts
 from llava_tune.model.llava import Llava
-from llava_tune.paths import sync, sync_tree, write_whole
-from llava_tune.train.checkpoint import (
-    STAGING,
-    barrier,
-    check_space,
-    gather_state,
-    no_space,
-    write_file_list,
-)
+from llava_tune.paths import write_whole
+from llava_tune.train.checkpoint import STAGING, barrier, check_space, gather_state, rotate
 from llava_tune.train.evaluating import EvaluationCallback
 from llava_tune.train.guard import Guard, read_losses
 from llava_tune.train.optimizer import build_optimizer
 from llava_tune.train.reshard import forget, hyperparameters, mend
+from llava_tune.train.saving import Saver
 from llava_tune.train.telemetry import Telemetry, read_metrics
 from llava_tune.train.zero import before_each_step, gradient_squares
 
@@ -89,6 +83,11 @@ class LlavaTrainer(Trainer):
         self.state_folder: Path | None = None
         """Where DeepSpeed's state is, if not in the checkpoint: see `resharded`."""
         self.ids: list[str] = []
+        args = self.args
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self.saver = Saver(
+            self.work_dir, args.process_index, args.world_size, ranks_here, run.training.save_in_background
+        )
         self._guard: Guard | None = None
         self._step_loss = torch.zeros((), device=self.args.device)
         self._component_norms: dict[str, float] = {}
@@ -117,6 +116,7 @@ class LlavaTrainer(Trainer):
         )
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        self.saver.check()
         meter = self.telemetry.meter
         with meter.waiting_for_data():
             batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -212,60 +212,49 @@ class LlavaTrainer(Trainer):
     _saving = False
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Every rank writes its part into a folder beside; when all have, it gets its name."""
-        work_dir = self.work_dir
-        name = f"checkpoint-{self.state.global_step}"
-        staged, final = work_dir / STAGING / name, work_dir / name
-        check_space(work_dir, model if isinstance(model, Llava) else self.model)
-        if self.args.should_save:
-            staged.mkdir(parents=True, exist_ok=True)
-        barrier()
+        """Every rank writes its part into a folder beside; when all have, it gets its name: see `Saver`."""
+        llava: Any = model if isinstance(model, Llava) else self.model
+        self.saver.wait()
+        check_space(self.work_dir, llava)
+        self.saver.begin(f"checkpoint-{self.state.global_step}")
         self._saving = True
         try:
             super()._save_checkpoint(model, trial)
         except Exception as error:
-            if not no_space(error):
-                raise
-            shutil.rmtree(staged, ignore_errors=True)
-            raise RunFailed(
-                f"the disk is full: {name} could not be written to {work_dir}, and was removed. The checkpoints before it are whole. "
-                "Make space, then --resume"
-            ) from error
+            self.saver.failed(error)
         finally:
             self._saving = False
-        barrier()
-        if self.args.should_save and not final.exists():
-            write_file_list(staged)
-            sync_tree(staged)
-            staged.rename(final)
-            sync(work_dir)
-            best = str(self.scoring.best[1]) if self.scoring is not None and self.scoring.best is not None else None
-            rotate_checkpoints(str(work_dir), self.args.save_total_limit, best_model_checkpoint=best)
-        barrier()
+        best = self.scoring.best if self.scoring is not None else None
+
+        def then(checkpoint: Path) -> None:
+            if self.scoring is not None and best is not None:
+                self.scoring.name(best)
+            rotate(self.work_dir, self.run.training.save_total_limit, best[1] if best else None)
+
+        self.saver.publish(then)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The weights that were trained or drawn, the config, the tokenizer: what a checkpoint needs to be opened."""
         llava: Any = self.model
-        state = gather_state(llava, drawn_parts(self.run.model))
+        state = gather_state(llava, drawn_parts(self.run.model), self.args.should_save)
         if not self.args.should_save:
             return
-        from safetensors.torch import save_file
-
         folder = Path(output_dir) if output_dir else self.work_dir
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        self.saver.write(_save_weights, state, folder / WEIGHTS)
         self.tokenizer.save_pretrained(folder / LLM_FOLDER)
         write_parts(llava, self.run, folder)
         (folder / DATA_FINGERPRINT).write_text(json.dumps(self.data_fingerprint))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_deepspeed_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        engine: Any = self.model_wrapped
-        engine.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        if self.is_deepspeed_enabled:
+            engine: Any = self.model_wrapped
+            engine.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        optimizer: Any = self.optimizer
+        scheduler: Any = self.lr_scheduler
         if self.args.should_save:
-            scheduler: Any = self.lr_scheduler
+            if not self.is_deepspeed_enabled:
+                self.saver.write(torch.save, optimizer.state_dict(), Path(output_dir) / "optimizer.pt")
             torch.save(scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -279,6 +268,8 @@ class LlavaTrainer(Trainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         engine: Any = self.model_wrapped
         before_each_step(engine, self._keep_squares)
+        files = engine.checkpoint_engine
+        files.save = partial(self._save_part, files.save)
         if resume_from_checkpoint is None:
             return prepared
         folder = self.state_folder or resume_from_checkpoint
@@ -294,6 +285,15 @@ class LlavaTrainer(Trainer):
             if self.args.should_save:
                 forget(self.work_dir)
         return prepared
+
+    def _save_part(self, save: Callable[..., Any], state_dict: Any, path: str) -> None:
+        self.saver.write(save, state_dict, Path(path))
+
+
+def _save_weights(state: dict[str, torch.Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(state, path, metadata={"format": "pt"})
 
 
 def whole_squares(llava: Llava) -> dict[str, float]:
