@@ -122,5 +122,8 @@ def mend(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]], rates: 
 
 
 def forget(work_dir: Path) -> None:
-    """Remove what was converted; it has been loaded."""
+    """Remove what was converted; it has been loaded. A kill leaves none that looks whole."""
+    for target in (work_dir / RESHARDED).glob("checkpoint-*"):
+        if target.is_dir() and target.suffix != ".part":
+            target.rename(target.with_name(f"{target.name}.0.part"))
     shutil.rmtree(work_dir / RESHARDED, ignore_errors=True)
