@@ -18,8 +18,6 @@ from llava_tune.errors import RunFailed
 from llava_tune.paths import sync, sync_tree
 from llava_tune.train.checkpoint import STAGING, barrier, no_space, write_file_list
 
-_GRACE = 60.0
-"""Seconds that a run which failed waits for the other ranks' parts of its last checkpoint."""
 _SPARE = 1.5
 """A copy is made if this many times its size is free."""
 
@@ -172,9 +170,10 @@ class Saver:
             "are whole. Make space, then --resume"
         ) from error
 
-    def close(self) -> None:
-        """The run has ended, well or not: a checkpoint that is being written may be finished, but nobody is waited for for ever."""
-        self._deadline = time.monotonic() + _GRACE
+    def close(self, patience: float) -> None:
+        """The run has ended, well or not. A checkpoint that is being written is finished if the other ranks' parts come within `patience`
+        seconds; this process ends only then."""
+        self._deadline = time.monotonic() + patience
         if self._thread is not None:
             self._thread.shutdown(wait=False)
 

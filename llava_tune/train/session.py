@@ -24,7 +24,7 @@ from llava_tune.data.plan import make_layout
 from llava_tune.data.store import read_manifest
 from llava_tune.data.tokens.layout import Layout
 from llava_tune.data.tokens.tokenizer import load_tokenizer
-from llava_tune.errors import InputError, SharedInputError
+from llava_tune.errors import InputError, SharedInputError, SharedRunFailed
 from llava_tune.model.factory import build_llava
 from llava_tune.model.flops import step_flops
 from llava_tune.model.llava import Llava
@@ -143,8 +143,11 @@ def run_session(
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             trainer.saver.wait()
-        finally:
-            trainer.saver.close()
+        except Exception as error:
+            # All ranks ended for the same reason, or one of them may be gone.
+            trainer.saver.close(600 if isinstance(error, (SharedRunFailed, InputError)) else 10)
+            raise
+        trainer.saver.close(0)
         barrier()
     last = checkpoints(work_dir)[-1]
     stopped = stop.stopped and step_of(last) < order.total_steps
