@@ -11,6 +11,7 @@ import torch
 
 from llava_tune.config import Model
 from llava_tune.errors import InputError
+from llava_tune.hub import hub_answers, not_found
 from llava_tune.model import internlm2
 from llava_tune.model.factory import freeze
 from llava_tune.model.language import add_lora
@@ -74,10 +75,12 @@ def _language_model(model: Model) -> Any:
     if internlm2.is_internlm2(folder):
         shape: Any = internlm2.llama_config(json.loads((folder / "config.json").read_text()))
     else:
+        there = folder.is_dir() or hub_answers()
         try:
             shape = AutoConfig.from_pretrained(model.llm.name, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"model.llm.name {model.llm.name}: {str(error).splitlines()[0]}") from error
+            reason = str(error).splitlines()[0] if there else not_found(model.llm.name, error)
+            raise InputError(f"model.llm.name {model.llm.name}: {reason}") from error
     mapping: Any = AutoModelForCausalLM._model_mapping
     if type(shape) not in mapping:
         raise InputError(f"model.llm.name {model.llm.name}: transformers has no causal language model of this kind")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from llava_tune.config import VisionTower
 from llava_tune.errors import InputError
+from llava_tune.hub import hub_answers, not_found
 from llava_tune.model.shape import image_size, vision_config
 
 
@@ -95,7 +96,12 @@ def _load(visual: nn.Module, vision: VisionTower, config: dict[str, Any]) -> Non
         from huggingface_hub import snapshot_download
 
         patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
-        state = _from_hugging_face(Path(snapshot_download(source, allow_patterns=patterns)), vision, config)
+        hub_answers()
+        try:
+            folder = Path(snapshot_download(source, allow_patterns=patterns))
+        except Exception as error:
+            raise InputError(f"model.vision.pretrained {source}: {not_found(source, error)}") from error
+        state = _from_hugging_face(folder, vision, config)
     else:
         state = _from_open_clip(vision)
     state = {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")} or state
@@ -119,7 +125,13 @@ def _from_open_clip(vision: VisionTower) -> dict[str, Tensor]:
                 f"model.vision.pretrained {tag!r}: no such file, no Hugging Face CLIP folder, and no open_clip tag of "
                 f"{vision.name}. Its tags: {', '.join(known) or 'none'}"
             )
-        path = Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(vision.name, tag)))
+        weights = open_clip.get_pretrained_cfg(vision.name, tag)
+        hub_answers()
+        try:
+            path = Path(open_clip.download_pretrained(weights))
+        except Exception as error:
+            where = str(weights.get("hf_hub") or weights.get("url")).rstrip("/")
+            raise InputError(f"model.vision.pretrained {tag!r} of {vision.name}: {not_found(where, error)}") from error
     return cast(dict[str, Tensor], load_state_dict(str(path), weights_only=True))
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from llava_tune.data.tokens.words import cut_table
 from llava_tune.errors import InputError
+from llava_tune.hub import hub_answers, not_found
 from llava_tune.paths import cache_folder, whole_folder
 
 if TYPE_CHECKING:
@@ -57,10 +58,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import AutoTokenizer
 
+    there = Path(name).is_dir() or hub_answers()
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_folder(name), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"tokenizer {name!r} can't be loaded: {_first_line(error)}") from error
+        reason = _first_line(error) if there else not_found(name, error)
+        raise InputError(f"tokenizer {name!r} can't be loaded: {reason}") from error
     if not tokenizer.is_fast:
         raise InputError(f"tokenizer {name!r} has no fast (tokenizer.json) form, which llava-tune needs")
     return tokenizer
@@ -226,6 +229,7 @@ def _local_files(name: str) -> tuple[Path, Path] | None:
         return (first, second) if first.is_file() and second.is_file() else None
     from huggingface_hub import hf_hub_download
 
+    hub_answers()
     try:
         first, second = (Path(hf_hub_download(name, n)) for n in names)
     except Exception:
