@@ -31,6 +31,8 @@ class Options:
     """Held-out images; six questions are asked of each."""
     seed: int = 1
     """Seed of the pictures."""
+    export: bool = False
+    """See with a ViT as CLIP has instead of convolutions, which takes about two minutes more, and export the result for transformers."""
     restart: bool = False
     """Remove what an earlier demo left in the work dir, and begin anew."""
 
@@ -51,6 +53,8 @@ def main(arguments: list[str]) -> None:
         store = folder / "store" / data
         _run(seconds, f"prepare {data}", "prepare", config, "--save-folder", str(store))
         more = ["--dataset.offline-processed-text-folder", str(store)]
+        if verb == "pretrain" and options.export:
+            more += ["--training.epochs", "8"]  # a ViT learns shapes later
         if verb == "finetune":
             more += ["--model.init-from", str(_checkpoint(folder / "pretrain"))]
         _run(seconds, verb, verb, config, *more)
@@ -58,6 +62,8 @@ def main(arguments: list[str]) -> None:
     test = ("--data", str(folder / "data/test.json"), "--image-folder", str(folder / "data/images"))
     answers = folder / "answers.jsonl"
     _run(seconds, "evaluate", "evaluate", str(checkpoint), *test, "--output", str(answers), "--swap-images")
+    if options.export:
+        _run(seconds, "export", "export", str(checkpoint), str(folder / "exported"), "--dtype", "fp32")
     _summary(folder, answers, checkpoint, seconds)
 
 
@@ -71,7 +77,10 @@ def _make(options: Options, folder: Path, seconds: dict[str, float]) -> None:
     write_data(data, train=options.images, test=options.test_images, seed=options.seed)
     print(f"training a small tokenizer on their texts: {folder / 'llm'}", flush=True)
     write_language_model(folder / "llm", texts_of([data / "captions.json", data / "train.json"]))
-    write_vision_tower(folder / "vision.json")
+    if options.export:
+        write_vision_tower(folder / "vision.json", timm_model=None, patch_size=16)
+    else:
+        write_vision_tower(folder / "vision.json")
     seconds["draw"] = time.monotonic() - started
 
 

@@ -67,11 +67,13 @@ def write_language_model(
         config.save_pretrained(beside)
 
 
-def write_vision_tower(path: Path, *, image_size: int = 64, timm_model: str | None = "test_mambaout") -> None:
+def write_vision_tower(
+    path: Path, *, image_size: int = 64, timm_model: str | None = "test_mambaout", patch_size: int = 8
+) -> None:
     """An open_clip model config of a small tower: convolutions learn shapes from few images sooner than a plain ViT; with None, a ViT
-    as CLIP has, which transformers can open, too."""
+    as CLIP has, of that patch size, which transformers can open, too."""
     by_timm = {"timm_model_name": timm_model, "timm_pool": "", "timm_proj": "linear"}
-    plain = {"layers": 6, "width": 128, "patch_size": 8, "head_width": 32}
+    plain = {"layers": 6, "width": 128, "patch_size": patch_size, "head_width": 32}
     config = {
         "embed_dim": 64,
         "quick_gelu": timm_model is None,
