@@ -19,11 +19,12 @@ def hub_answers() -> bool:
 
     if constants.is_offline_mode():
         return False
-    if getproxies():
+    if getproxies().keys() & {"http", "https", "all"}:
         return True
     place = urlsplit(constants.ENDPOINT)
     try:
-        socket.create_connection((place.hostname, place.port or 443), _SECONDS).close()
+        port = place.port or (443 if place.scheme == "https" else 80)
+        socket.create_connection((place.hostname, port), _SECONDS).close()
     except OSError:
         constants.HF_HUB_OFFLINE = True
         os.environ["HF_HUB_OFFLINE"] = "1"
