@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import socket
 from functools import cache
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 _SECONDS = 5.0
 
@@ -15,6 +13,9 @@ _SECONDS = 5.0
 def hub_answers() -> bool:
     """Whether the Hub's machine can be reached, or a proxy is set that may; if not, its cache alone is used from now on, by child processes,
     too (HF_HUB_OFFLINE)."""
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+
     from huggingface_hub import constants
 
     if constants.is_offline_mode():
