@@ -222,14 +222,19 @@ def _until_reachable(address: str, port: int, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while True:
         try:
+            problem = OSError("it has no address")
             for family, _, _, _, where in socket.getaddrinfo(address, port, type=kind):
                 with socket.socket(family, kind) as probe:
                     probe.settimeout(max(1.0, deadline - time.monotonic()))
-                    probe.connect(where)
-                return
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
+                    try:
+                        probe.connect(where)
+                        return
+                    except OSError as error:  # a name may have an address that leads nowhere, and another one
+                        problem = error
+        except OSError as error:
+            problem = error
+        if time.monotonic() > deadline:
+            raise problem
         time.sleep(0.2)
 
 

@@ -73,6 +73,21 @@ def test_a_rank_that_never_comes_hangs_nobody(small: Small, tmp_path: Path, rank
     assert expected in error and "Traceback" not in error
 
 
+def test_one_of_a_names_addresses_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name with an IPv6 address that leads nowhere in front of one that does."""
+    from llava_tune.cluster import preflight
+
+    def both(host: str, port: int, type: int) -> list[tuple[object, ...]]:
+        nowhere, here = ("2001:db8::1", port, 0, 0), ("127.0.0.1", port)
+        return [(socket.AF_INET6, type, 0, "", nowhere), (socket.AF_INET, type, 0, "", here)]
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(socket, "getaddrinfo", both)
+        for rank in (0, 1):
+            monkeypatch.setattr(preflight, "rank", lambda own=rank: own)
+            preflight._until_reachable("node1", server.getsockname()[1], 0.0)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("address", ["no-such-host.invalid", "255.255.255.255"])
 def test_an_address_that_leads_nowhere_is_said(small: Small, tmp_path: Path, rank: int, address: str) -> None:
