@@ -143,7 +143,7 @@ def run_session(
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             trainer.saver.wait()
-        except Exception as error:
+        except BaseException as error:
             # All ranks ended for the same reason, or one of them may be gone.
             trainer.saver.close(600 if isinstance(error, (SharedRunFailed, InputError)) else 10)
             raise

@@ -33,14 +33,17 @@ def before_each_step(engine: Any, look: Callable[[], None]) -> None:
 
 
 def gradient_squares(llava: Llava) -> dict[str, float]:
-    """Of each component, the sum of its gradients' squares over all ranks, before the step; 0 where nothing is trained."""
+    """Of each component, the sum of its gradients' squares over all ranks, before the step; 0 where nothing is trained, or where the
+    gradients would have to be read from NVMe first."""
     components = tuple(name for name, _ in llava.named_children())
     device = next(llava.parameters()).device
     sums = torch.zeros(len(components), dtype=torch.float64, device=device)
     for name, parameter in llava.named_parameters():
         part = _own_part(parameter) if parameter.requires_grad else None
         if part is not None:
-            sums[components.index(name.split(".", 1)[0])] += part.double().square().sum().to(device)
+            sums[components.index(name.split(".", 1)[0])] += (
+                torch.linalg.vector_norm(part.float()).to(device).double() ** 2
+            )
     torch.distributed.all_reduce(sums)
     return dict(zip(components, sums.tolist(), strict=True))
 
@@ -48,6 +51,8 @@ def gradient_squares(llava: Llava) -> dict[str, float]:
 def _own_part(parameter: Any) -> Tensor | None:
     """The part of a weight's gradient that this rank keeps; None if it keeps none."""
     if hasattr(parameter, "ds_id"):  # ZeRO-3
+        if getattr(parameter._z3_optimizer, "swap_optimizer", False):
+            return None
         part: Tensor = parameter._z3_optimizer.get_local_fp32_grad_for_param(parameter)
         return part
     mapping = getattr(parameter, "_hp_mapping", None)
