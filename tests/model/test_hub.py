@@ -9,6 +9,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+from huggingface_hub import constants
+
+from llava_tune.hub import hub_answers
 from tests.conftest import Finished, Small, wrong_input
 
 NOWHERE = {"HF_ENDPOINT": "http://127.0.0.1:9"}
@@ -21,6 +25,17 @@ def test_a_command_does_not_try_again_and_again(small: Small, cli: Callable[...,
     assert "it is not in" in message and "can't be reached from here" in message
     assert "hf download nobody/nothing-7b" in message
     assert "Retrying" not in done.err
+
+
+def test_the_cache_alone_is_used_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", NOWHERE["HF_ENDPOINT"])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")
+    hub_answers.cache_clear()
+    assert not hub_answers()
+    assert constants.is_offline_mode()  # huggingface_hub and transformers ask this before they connect
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    hub_answers.cache_clear()
 
 
 def test_towers_are_named(tmp_path: Path) -> None:

@@ -85,9 +85,11 @@ def test_a_jump_of_the_loss_is_skipped_and_named(small: Small, cli: Callable[...
     first = int(skipped[0]["step"])
     assert losses(tmp_path / "stop") == losses(tmp_path / "skip")[: first - 1]
     blind = tmp_path / "blind.json"
-    blind.write_text(json.dumps({"zero_optimization": {"stage": 0}, "train_micro_batch_size_per_gpu": "auto"}))
-    refused = cli(*common, "--work-dir", tmp_path / "no", *flags(bad_step="skip"), "--deepspeed", blind)
-    assert "looks at its gradients" in wrong_input(refused)
+    unchecked = {"stage": 2}, {"bf16": {"enabled": "auto", "check_grad_overflow": False}}
+    for stage, more in (({"stage": 0}, {}), unchecked):
+        blind.write_text(json.dumps({"zero_optimization": stage, **more, "train_micro_batch_size_per_gpu": "auto"}))
+        refused = cli(*common, "--work-dir", tmp_path / "no", *flags(bad_step="skip"), "--deepspeed", blind)
+        assert "looks at its gradients" in wrong_input(refused)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ def test_a_disk_that_is_full_in_the_background_is_said_and_leaves_nothing(tmp_pa
     staged = saver.begin("checkpoint-1")
     saver.write(full, torch.ones(2), staged / "weights")
     saver.publish(lambda checkpoint: None)
+    time.sleep(0.2)  # time enough to give it its name all the same
     with pytest.raises(RuntimeError, match="the disk is full: checkpoint-1 could not be written"):
         saver.wait()
     assert not staged.exists() and not (tmp_path / "checkpoint-1").exists()
@@ -98,6 +100,7 @@ def test_a_checkpoint_has_its_name_only_when_every_rank_has_written(tmp_path: Pa
     ranks[0].write(torch.save, content, tmp_path / ".saving/checkpoint-1/0.pt")
     ranks[0].publish(named.append)
     content.fill_(5)
+    time.sleep(0.3)  # time enough for a thread that doesn't wait for the other rank
     ranks[0].check()
     assert not (tmp_path / "checkpoint-1").exists()
     ranks[1].write(torch.save, content, tmp_path / ".saving/checkpoint-1/1.pt")
