@@ -99,11 +99,11 @@ class Saver:
             )
         return False
 
-    def publish(self, then: Callable[[Path], None]) -> None:
+    def publish(self, then: Callable[[], None]) -> None:
         """Give the checkpoint its name when every rank's part is on the disk; every rank calls it.
 
         Args:
-            then: called with the checkpoint, on rank 0.
+            then: called once it has, on rank 0.
         """
         if self._thread is not None:
             self._pending.append(self._thread.submit(self._finish, then))
@@ -112,7 +112,7 @@ class Saver:
         self._finish(then)
         barrier()
 
-    def _finish(self, then: Callable[[Path], None]) -> None:
+    def _finish(self, then: Callable[[], None]) -> None:
         if self._broken:
             return
         if self.ranks > 1:
@@ -129,7 +129,7 @@ class Saver:
             sync_tree(self._staged)
             self._staged.rename(final)
             sync(self.work_dir)
-            then(final)
+            then()
         shutil.rmtree(self._parts)
 
     def check(self) -> None:

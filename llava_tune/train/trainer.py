@@ -226,7 +226,7 @@ class LlavaTrainer(Trainer):
             self._saving = False
         best = self.scoring.best if self.scoring is not None else None
 
-        def then(checkpoint: Path) -> None:
+        def then() -> None:
             if self.scoring is not None and best is not None:
                 self.scoring.name(best)
             rotate(self.work_dir, self.run.training.save_total_limit, best[1] if best else None)
