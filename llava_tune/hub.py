@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+
+from llava_tune.errors import InputError
 
 _SECONDS = 5.0
 
@@ -43,3 +47,20 @@ def not_found(name: str, error: Exception) -> str:
         f"there is no such folder, it is not in {constants.HF_HUB_CACHE}, and {constants.ENDPOINT} can't be reached from here (or "
         f"HF_HUB_OFFLINE is set). Name a folder, or run where it can be reached: hf download {name}"
     )
+
+
+@contextmanager
+def from_hub(field: str, name: str) -> Iterator[None]:
+    """Around what takes `name` from the Hub, or from its cache.
+
+    Args:
+        field: of the config that asks for it; the message begins with it.
+
+    Raises:
+        InputError: it can't be had.
+    """
+    hub_answers()
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"{field}: {not_found(name, error)}") from error

@@ -11,7 +11,7 @@ from torch import nn
 
 from llava_tune.config import LanguageModel, Lora
 from llava_tune.errors import InputError, missing_package
-from llava_tune.hub import hub_answers, not_found
+from llava_tune.hub import from_hub
 from llava_tune.model import internlm2
 from llava_tune.model.attention import PER_SAMPLE, supports_per_sample
 
@@ -40,11 +40,8 @@ def model_folder(config: LanguageModel) -> str:
 def _download_if_internlm2(name: str) -> Path | None:
     from huggingface_hub import hf_hub_download, snapshot_download
 
-    hub_answers()
-    try:
+    with from_hub(f"model.llm.name {name}", name):
         config = Path(hf_hub_download(name, "config.json"))
-    except Exception as error:
-        raise InputError(f"model.llm.name {name}: {not_found(name, error)}") from error
     if not internlm2.is_internlm2(config.parent):
         return None
     return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin", "tokenizer.model"]))

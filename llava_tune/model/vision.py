@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llava_tune.config import VisionTower
 from llava_tune.errors import InputError
-from llava_tune.hub import hub_answers, not_found
+from llava_tune.hub import from_hub
 from llava_tune.model.shape import image_size, vision_config
 
 
@@ -96,11 +96,8 @@ def _load(visual: nn.Module, vision: VisionTower, config: dict[str, Any]) -> Non
         from huggingface_hub import snapshot_download
 
         patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
-        hub_answers()
-        try:
+        with from_hub(f"model.vision.pretrained {source}", source):
             folder = Path(snapshot_download(source, allow_patterns=patterns))
-        except Exception as error:
-            raise InputError(f"model.vision.pretrained {source}: {not_found(source, error)}") from error
         state = _from_hugging_face(folder, vision, config)
     else:
         state = _from_open_clip(vision)
@@ -126,12 +123,8 @@ def _from_open_clip(vision: VisionTower) -> dict[str, Tensor]:
                 f"{vision.name}. Its tags: {', '.join(known) or 'none'}"
             )
         weights = open_clip.get_pretrained_cfg(vision.name, tag)
-        hub_answers()
-        try:
+        with from_hub(f"model.vision.pretrained {tag!r} of {vision.name}", str(weights.get("hf_hub")).rstrip("/")):
             path = Path(open_clip.download_pretrained(weights))
-        except Exception as error:
-            where = str(weights.get("hf_hub") or weights.get("url")).rstrip("/")
-            raise InputError(f"model.vision.pretrained {tag!r} of {vision.name}: {not_found(where, error)}") from error
     return cast(dict[str, Tensor], load_state_dict(str(path), weights_only=True))
 
 
